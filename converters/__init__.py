@@ -1,0 +1,1 @@
+"""Checkpoint formats: sources, targets, and the one owner of RoPE."""

@@ -1,0 +1,1 @@
+"""File containers (GGUF, safetensors): strict parsing of headers, no knowledge of models."""

@@ -1,0 +1,1 @@
+"""Sources: every kind of checkpoint that can be opened."""

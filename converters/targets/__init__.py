@@ -1,0 +1,1 @@
+"""Targets: every format that a checkpoint can be written to."""

@@ -1,0 +1,1 @@
+"""The GGUF target: one pass from source tensors to the quantized file."""

@@ -1,0 +1,1 @@
+"""pi-convert: export Position Interpolation checkpoints and prove what was written."""
