@@ -75,6 +75,7 @@ def _table() -> Mapping[str, Encoding]:
         ("mxfp4", 39, 32, 17),
         ("nvfp4", 40, 64, 36),
         ("q1_0", 41, 128, 18),
+        ("q2_0", 42, 64, 18),
     )
     return {row[0]: Encoding(*row) for row in rows}
 
@@ -119,10 +120,13 @@ def decode_f32(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np
 def _dequantize_blocks(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np.float32]:
     import gguf
 
+    refusal = UnsupportedError(f"{encoding.name} cannot be decoded by gguf-py")
     try:
-        values: npt.NDArray[np.float32] = gguf.dequantize(
-            raw, gguf.GGMLQuantizationType(encoding.ggml_type)
-        )
+        ggml_type = gguf.GGMLQuantizationType(encoding.ggml_type)
+    except ValueError:
+        raise refusal from None
+    try:
+        values: npt.NDArray[np.float32] = gguf.dequantize(raw, ggml_type)
     except NotImplementedError:
-        raise UnsupportedError(f"{encoding.name} cannot be decoded by gguf-py") from None
+        raise refusal from None
     return values
