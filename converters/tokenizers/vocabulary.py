@@ -27,26 +27,39 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer as data. Token ``i`` is ``tokens[i]`` of ``types[i]``."""
+    """A tokenizer as data. Token ``i`` is ``tokens[i]`` of ``types[i]``.
+
+    Added tokens are those of type CONTROL and USER_DEFINED. ``None`` in a flag means that the
+    source does not say and that llama.cpp's own default for this tokenizer is the right one.
+    """
 
     kind: VocabularyKind
     pre: str  # GGUF's name of the pre-tokenizer; "default" for SPM
     tokens: tuple[str, ...]
     types: tuple[TokenType, ...]
-    scores: tuple[float, ...] | None = None  # SPM only
-    merges: tuple[str, ...] | None = None  # BPE only: "left right"
-    special_ids: Mapping[str, int] = field(
-        default_factory=dict
-    )  # bos, eos, unknown, padding, ... -> id
-    add_bos: bool | None = None  # None: the source does not say
+    scores: tuple[float, ...] | None = None  # SPM (a BPE file may carry them; nothing reads them)
+    merges: tuple[str, ...] | None = None  # BPE: "left right"
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # bos, eos, unknown, padding, ...
+    add_bos: bool | None = None
     add_eos: bool | None = None
     add_space_prefix: bool | None = None
     chat_template: str | None = None
-    files: Mapping[str, bytes] = field(
-        default_factory=dict
-    )  # the original files, by name, for a folder target
+    chat_templates: Mapping[str, str] = field(default_factory=dict)  # further ones, by name
+    other_keys: Mapping[str, object] = field(default_factory=dict)  # GGUF keys carried unread
+    files: Mapping[str, bytes] = field(default_factory=dict)  # the original files, by name
 
     @property
     def size(self) -> int:
-        """Number of token ids, added tokens included."""
+        """Number of token ids, added tokens and padding included."""
         return len(self.tokens)
+
+    @property
+    def added_ids(self) -> tuple[int, ...]:
+        """Ids of the added tokens, in order."""
+        added = (TokenType.CONTROL, TokenType.USER_DEFINED)
+        return tuple(i for i, kind in enumerate(self.types) if kind in added)
+
+
+def padding_token(token_id: int) -> str:
+    """Text of the unused token that fills an embedding row without a token, as llama.cpp's."""
+    return f"[PAD{token_id}]"
