@@ -63,6 +63,12 @@ class Checkpoint:
         """Number of parameters."""
         return sum(tensor.elements for tensor in self.tensors.values())
 
+    @property
+    def artifact_name(self) -> str:
+        """What an export is called: the model's name, and PI's factor where there is one."""
+        factor = self.rope.factor
+        return self.card.name if factor == 1.0 else f"{self.card.name}-PI{factor:g}"
+
     def interpolate(self, scale: float) -> Checkpoint:
         """The same checkpoint with its RoPE interpolated; no weight is touched."""
         return dataclasses.replace(self, rope=self.rope.interpolate(scale))

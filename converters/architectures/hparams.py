@@ -81,9 +81,10 @@ def read_gguf_hparams(
     problems: list[str] = []
     sizes = _sizes(keys, _GGUF, problems)
     norm_eps = _positive(keys.get(NORM_EPS_KEYS[_GGUF]), NORM_EPS_KEYS[_GGUF], problems)
-    value_length = keys.get("attention.value_length", sizes.get("head_dim"))
-    if not problems and value_length != sizes["head_dim"]:
-        problems.append(f"attention.value_length is {value_length!r}, not attention.key_length")
+    if not problems and "attention.value_length" in keys:
+        value_length = _whole(keys["attention.value_length"], "attention.value_length", problems)
+        if not problems and value_length != sizes["head_dim"]:
+            problems.append(f"attention.value_length is {value_length}, not attention.key_length")
     _raise(problems, where)
     return HParams(
         vocab_size=vocab_size, norm_eps=norm_eps, tied_embeddings=tied_embeddings, **sizes

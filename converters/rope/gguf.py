@@ -72,7 +72,7 @@ def effective_rope(
     Raises ``RopeError`` for a value llama.cpp would abort on or that is not a number.
     """
     kind = keys.get(TYPE_KEY, "linear")
-    if kind not in KNOWN_TYPES:
+    if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         raise RopeError(
             f"{where}: {TYPE_KEY} is {kind!r}, on which llama.cpp aborts",
             hint=f"Expected one of {', '.join(KNOWN_TYPES)}.",
@@ -86,7 +86,7 @@ def effective_rope(
     return EffectiveRope(
         theta=_optional(keys, THETA_KEY, where) or LLAMA_CPP_DEFAULT_THETA,
         rotary_dim=whole(keys, DIMENSION_KEY, where) or rotary_dim,
-        type=str(kind),
+        type=kind,
         factor=1.0 if kind == "none" else stored or 1.0,
         stored_factor=stored,
         attention_factor=_optional(keys, ATTENTION_KEY, where) or 1.0,

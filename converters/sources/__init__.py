@@ -1,1 +1,51 @@
 """Sources: every kind of checkpoint that can be opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.checkpoint import Checkpoint
+from converters.errors import SourceError
+from converters.sources.gguf import checkpoint_of_gguf, open_gguf
+from converters.sources.hub import is_hub_id, open_hub
+from converters.sources.huggingface import open_folder
+
+__all__ = ["checkpoint_of_gguf", "open_checkpoint"]
+
+_FORMS = (
+    "MODEL is a Hugging Face folder (config.json, safetensors, tokenizer), a .gguf file, or a hub"
+    " id such as HuggingFaceTB/SmolLM2-135M-Instruct."
+)
+
+
+def open_checkpoint(
+    reference: str, *, revision: str | None = None, original_context: int | None = None
+) -> Checkpoint:
+    """The checkpoint that ``reference`` names: a folder, a .gguf file, or else a hub id.
+
+    ``revision`` is a hub id's branch, tag or commit; ``original_context`` is L in tokens where the
+    caller knows it. Raises ``SourceError`` or one of its kinds for what cannot be found, read or
+    believed, and ``UnsupportedError`` for what is understood and cannot be exported right.
+    """
+    path = Path(reference)
+    if _exists(path):
+        if revision is not None:
+            raise SourceError(
+                f"{reference} is here on disk and has no revision {revision}",
+                hint="--revision belongs to a hub id.",
+            )
+        if path.is_dir():
+            return open_folder(path, original_context=original_context)
+        if path.suffix.lower() == ".gguf":
+            return open_gguf(path, original_context=original_context)
+        raise SourceError(f"{reference} is neither a folder nor a .gguf file", hint=_FORMS)
+    if is_hub_id(reference) and path.suffix.lower() != ".gguf":
+        return open_hub(reference, revision=revision, original_context=original_context)
+    raise SourceError(f"{reference}: no such folder or file", hint=_FORMS)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise SourceError(f"{path}: {error.strerror}", hint=_FORMS) from error

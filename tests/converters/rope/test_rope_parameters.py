@@ -75,9 +75,17 @@ def test_factors_compose_and_the_first_context_stays() -> None:
 
 
 def test_llama31_times_two_is_262144() -> None:
-    config = {"max_position_embeddings": 131072, "rope_theta": 500000.0,
-              "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
+    config = {
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
     rope = read_config(config, RopeContext("config.json", 128)).interpolate(2)
     assert (rope.original_context, rope.context) == (131072, 262144)
     assert rope.kind == "linear over llama3"
