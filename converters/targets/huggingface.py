@@ -1,0 +1,213 @@
+"""A Hugging Face folder: safetensors, and a config.json that every reader takes for one RoPE.
+
+Tensors of a float source are copied byte for byte unless a type is asked for; quantized ones are
+decoded, to float32 unless a type is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.architectures.hparams import write_config_hparams
+from converters.checkpoint import Checkpoint, ModelCard
+from converters.containers.safetensors import DTYPE_OF_ENCODING, read_safetensors
+from converters.containers.strict_json import parse_json_object, read_json_object
+from converters.encodings import ENCODINGS, F32, Encoding
+from converters.errors import OutputError
+from converters.files import atomic_folder, require_free_space
+from converters.progress import Progress, silent
+from converters.rope import RopeParameters
+from converters.rope.config import RopeContext, read_config, write_config
+from converters.targets.weights import (
+    MAX_SHARD_BYTES,
+    Shard,
+    StoredTensor,
+    plan_shards,
+    shard_index,
+    write_shard,
+)
+from converters.tokenizers import Vocabulary, build_tokenizer_files
+
+DTYPES = ("f32", "f16", "bf16")
+_TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 4's and 5's
+# Further spellings of L' that a config may carry; vLLM takes the smallest of all.
+_CONTEXT_KEYS = ("max_sequence_length", "model_max_length", "max_seq_len", "seq_length")
+_SPECIAL_ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_README = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderArtifact:
+    """A folder that was written: SHA-256 in hex by file name, and the size of all files."""
+
+    path: Path
+    files: Mapping[str, str]
+    size_bytes: int
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> FolderArtifact:
+    """Writes ``checkpoint`` to the folder ``out``, whole or not at all.
+
+    ``dtype`` is f32, f16 or bf16; None copies float tensors byte for byte. Raises ``TensorError``
+    for values that are not finite or that ``dtype`` cannot hold, ``OutputError`` where the folder
+    cannot be written, exists without ``force``, or reads back as another RoPE.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OutputError(f"dtype {dtype!r}", hint=f"Expected one of {', '.join(DTYPES)}.")
+    chosen = ENCODINGS[dtype] if dtype else None
+    stored = [StoredTensor(t, _encoding(t.encoding, chosen, checkpoint)) for t in
+              checkpoint.tensors.values()]  # fmt: skip
+    shards = plan_shards(stored, max_bytes=max_shard_bytes)
+    small = _small_files(checkpoint, chosen, shards)
+    total = sum(item.size_bytes for item in stored)
+    hashes: dict[str, str] = {}
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("write", done, total)
+
+    with atomic_folder(out, force=force) as partial:
+        require_free_space(partial, total)
+        for shard in shards:
+            hashes[shard.name] = write_shard(shard, partial, advance)
+        for name, data in small.items():
+            (partial / name).write_bytes(data)
+            hashes[name] = hashlib.sha256(data).hexdigest()
+        _read_back(partial, checkpoint, shards)
+        size_bytes = sum(file.stat().st_size for file in partial.iterdir())
+    return FolderArtifact(out, dict(sorted(hashes.items())), size_bytes)
+
+
+def folder_config(checkpoint: Checkpoint, encoding: Encoding | None = None) -> dict[str, object]:
+    """The config.json: the source's own with its RoPE replaced, or one made from the sizes.
+
+    ``encoding`` is what the tensors are written in; None leaves what the source says.
+    """
+    config = dict(checkpoint.config) or _new_config(checkpoint)
+    for key, value in write_config(checkpoint.rope).items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    for key in _CONTEXT_KEYS:
+        if config.get(key) is not None:
+            config[key] = checkpoint.rope.context
+    if encoding is not None:
+        stated = [key for key in _DTYPE_KEYS if key in config] or list(_DTYPE_KEYS)
+        config |= dict.fromkeys(stated, _TORCH_NAMES[encoding.name])
+    return config
+
+
+def _encoding(source: Encoding, chosen: Encoding | None, checkpoint: Checkpoint) -> Encoding:
+    if chosen is not None:
+        return chosen
+    return F32 if checkpoint.origin.kind == "gguf" else source
+
+
+def _new_config(checkpoint: Checkpoint) -> dict[str, object]:
+    architecture = checkpoint.architecture
+    spelling = architecture.huggingface[0]
+    ids = checkpoint.vocabulary.special_ids
+    flags = {flag: group in checkpoint.groups for flag, group in architecture.flags.items()}
+    return {
+        "architectures": [spelling.class_name],
+        "model_type": spelling.model_type,
+        **architecture.expects,
+        **write_config_hparams(checkpoint.hparams),
+        **flags,
+        **{key: ids[name] for name, key in _SPECIAL_ID_KEYS.items() if name in ids},
+        **dict.fromkeys(_DTYPE_KEYS, _TORCH_NAMES[F32.name]),
+    }
+
+
+def _small_files(
+    checkpoint: Checkpoint, encoding: Encoding | None, shards: tuple[Shard, ...]
+) -> dict[str, bytes]:
+    files = dict(checkpoint.side_files)
+    if _README not in files and (readme := _readme(checkpoint.card)):
+        files[_README] = readme
+    files |= _tokenizer_files(checkpoint.vocabulary, checkpoint.rope.context)
+    files[_CONFIG] = _json(folder_config(checkpoint, encoding))
+    if len(shards) > 1:
+        files[_INDEX] = shard_index(shards)
+    return files
+
+
+def _tokenizer_files(vocabulary: Vocabulary, context: int) -> dict[str, bytes]:
+    """The source's own files where it has some, with the context they state brought up to date."""
+    files = dict(vocabulary.files) or build_tokenizer_files(vocabulary)
+    if _TOKENIZER_CONFIG in files:
+        settings = parse_json_object(files[_TOKENIZER_CONFIG], _TOKENIZER_CONFIG)
+        files[_TOKENIZER_CONFIG] = _json({**settings, "model_max_length": context})
+    return files
+
+
+def _readme(card: ModelCard) -> bytes:
+    """A model card with what is known, so that licence and origin travel with the weights."""
+    import yaml
+
+    known = {
+        "model_name": card.name,
+        "license": card.license,
+        "language": list(card.languages),
+        "tags": list(card.tags),
+        "base_model": list(card.base_models),
+    }
+    front = yaml.safe_dump({k: v for k, v in known.items() if v}, sort_keys=False)
+    return f"---\n{front}---\n# {card.name}\n".encode()
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_back(folder: Path, checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> None:
+    """Raises ``OutputError`` unless the folder's own bytes give the RoPE and tensors meant."""
+    found = _read_rope(folder, checkpoint)
+    if found != dataclasses.replace(checkpoint.rope, evidence=()):
+        raise OutputError(
+            f"{_CONFIG} reads back as {found}, expected {checkpoint.rope}",
+            hint="Nothing was written. Please report this as a bug.",
+        )
+    for shard in shards:
+        tensors = read_safetensors(folder / shard.name)
+        for item in shard.tensors:
+            tensor = tensors.get(item.tensor.name)
+            if tensor is None or (tensor.shape, tensor.encoding) != (
+                item.tensor.shape,
+                item.encoding,
+            ):
+                raise OutputError(
+                    f"{shard.name}: {item.tensor.name} does not read back as"
+                    f" {DTYPE_OF_ENCODING[item.encoding.name]} {list(item.tensor.shape)}",
+                    hint="Nothing was written. Please report this as a bug.",
+                )
+
+
+def _read_rope(folder: Path, checkpoint: Checkpoint) -> RopeParameters:
+    about = RopeContext(
+        where=_CONFIG,
+        rotary_dim=checkpoint.hparams.head_dim,
+        default_theta=checkpoint.architecture.default_theta,
+    )
+    return dataclasses.replace(read_config(read_json_object(folder / _CONFIG), about), evidence=())
