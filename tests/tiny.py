@@ -109,7 +109,7 @@ def tiny_weights(
             values = 1 + 0.1 * values
         elif len(shape) == 1:
             values = 0.1 * values
-        elif name == "model.embed_tokens.weight" or name == "lm_head.weight":
+        elif name in {"model.embed_tokens.weight", "lm_head.weight"}:
             values = values * (2.0 / shape[-1] ** 0.5)
         else:
             gain = QK_GAIN**0.5 if spec.rope else 1.0

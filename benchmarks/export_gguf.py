@@ -1,0 +1,168 @@
+"""Export to GGUF against llama.cpp's converter followed by llama_model_quantize.
+
+usage: python benchmarks/export_gguf.py [--runs N] [--part smollm2|tinyllama|growth|help]...
+Same libggml, same run, interleaved; wall time and the largest process's peak memory, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.measure import Run, environment, median, run, write_results
+from benchmarks.models import GROWTH, TINYLLAMA, write_seeded
+from tests.sdist import unpack_llama_cpp
+
+REPOSITORY = Path(__file__).parent.parent
+PYTHON = sys.executable
+PI_CONVERT = str(Path(PYTHON).parent / "pi-convert")
+PARTS = ("smollm2", "tinyllama", "growth", "help")
+LLAMA_CPP = REPOSITORY / ".cache"
+
+
+def ours(model: Path, out: Path, types: list[str]) -> list[list[str]]:
+    quantize = [word for name in types for word in ("--quantize", name)]
+    return [[PI_CONVERT, "export", str(model), "--to", "gguf", "--scale", "8", *quantize,
+             "--out", str(out), "--force"]]  # fmt: skip
+
+
+def theirs(model: Path, out: Path, ftype: str, threads: int) -> list[list[str]]:
+    """convert_hf_to_gguf.py, then llama_model_quantize where the type is not the converter's."""
+    converter = str(unpack_llama_cpp(LLAMA_CPP) / "convert_hf_to_gguf.py")
+    if ftype in ("f16", "q8_0"):
+        return [
+            [PYTHON, converter, str(model), "--outtype", ftype, "--outfile", str(out / "x.gguf")]
+        ]
+    middle = str(out / "middle.gguf")
+    quantizer = str(Path(__file__).parent / "llamacpp_quantize.py")
+    return [
+        [PYTHON, converter, str(model), "--outtype", "f16", "--outfile", middle],
+        [PYTHON, quantizer, middle, str(out / "x.gguf"), ftype, str(threads)],
+    ]
+
+
+def best_threads(model: Path, out: Path) -> int:
+    """Their quantizer's best thread count among 1, 2 and 4, tried once each."""
+    commands = theirs(model, out, "q4_k_m", 1)
+    run(commands[:1])
+    walls = {}
+    for threads in (1, 2, 4):
+        walls[threads] = run([[*commands[1][:-1], str(threads)]]).wall_s
+    return min(walls, key=walls.__getitem__)
+
+
+def compare(model: Path, types: list[str], runs: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder:
+        out = Path(folder)
+        threads = best_threads(model, out)
+        own, peer = [], []
+        for _ in range(runs):
+            own.append(run(ours(model, out, types)))
+            peer.append(run([c for name in types for c in theirs(model, out, name, threads)]))
+    a, b = median(own), median(peer)
+    return {
+        "types": types, "runs": runs, "peer_threads": threads,
+        "ours_wall_s": round(a.wall_s, 2), "peer_wall_s": round(b.wall_s, 2),
+        "ratio": round(a.wall_s / b.wall_s, 3),
+        "ours_cpu_s": round(a.cpu_s, 2), "peer_cpu_s": round(b.cpu_s, 2),
+        "ours_peak_mib": round(a.peak_mib), "peer_peak_mib": round(b.peak_mib),
+    }  # fmt: skip
+
+
+def smollm2(folder: Path, runs: int) -> list[dict[str, object]]:
+    run([[PI_CONVERT, "export", "--to", "safetensors", "--scale", "1", "--dtype", "bf16",
+          "--out", str(folder)]])  # fmt: skip
+    model = next(path for path in folder.iterdir() if path.is_dir())
+    return [{"work": "SmolLM2-135M bf16 folder", **compare(model, ["q4_k_m"], runs)}]
+
+
+def tinyllama(folder: Path, runs: int) -> list[dict[str, object]]:
+    model = write_seeded(folder / "tinyllama-shaped", TINYLLAMA)
+    work = "1.1B TinyLlama-shaped, bf16, sharded"
+    return [
+        {"work": work, **compare(model, types, runs)}
+        for types in (["q4_k_m"], ["f16", "q8_0", "q4_k_m"])
+    ]
+
+
+def growth(folder: Path, runs: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for shape in GROWTH:
+        model = write_seeded(folder / shape.name, shape)
+        size = sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            measured: Run = median([run(ours(model, Path(out), ["q4_k_m"])) for _ in range(runs)])
+        rows.append({"work": f"growth {shape.name}", "parameters_m": round(size / 1e6),
+                     "ours_wall_s": round(measured.wall_s, 2),
+                     "s_per_billion": round(measured.wall_s / size * 1e9, 1),
+                     "ours_peak_mib": round(measured.peak_mib)})  # fmt: skip
+        shutil.rmtree(model)
+    return rows
+
+
+def help_(folder: Path, runs: int) -> list[dict[str, object]]:
+    own = median([run([[PI_CONVERT, "--help"]]) for _ in range(max(runs, 5))])
+    click = median([run([[PYTHON, "-c", "import click"]]) for _ in range(max(runs, 5))])
+    return [{"work": "pi-convert --help", "ours_wall_s": round(own.wall_s, 3),
+             "import_click_wall_s": round(click.wall_s, 3)}]  # fmt: skip
+
+
+def as_text(rows: list[dict[str, object]], versions: dict[str, str], command: str) -> str:
+    lines = [
+        "# Export to GGUF, against llama.cpp's converter and quantizer",
+        "",
+        f"`{command}`",
+        "",
+    ]
+    lines += [f"- {key}: {value}" for key, value in versions.items()]
+    lines += ["", "| work | types | ours | peer | ours / peer | our peak | peer's peak |",
+              "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for row in rows:
+        if "ratio" in row:
+            types = ", ".join(row["types"])  # type: ignore[arg-type]
+            lines.append(
+                f"| {row['work']} | {types} | {row['ours_wall_s']} s | {row['peer_wall_s']} s"
+                f" ({row['peer_threads']} threads) | {row['ratio']} | {row['ours_peak_mib']} MiB"
+                f" | {row['peer_peak_mib']} MiB |"
+            )
+    growth_rows = [row for row in rows if "s_per_billion" in row]
+    if growth_rows:
+        lines += ["", "| parameters | wall | s a billion | peak |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {r['parameters_m']} M | {r['ours_wall_s']} s | {r['s_per_billion']}"
+            f" | {r['ours_peak_mib']} MiB |"
+            for r in growth_rows
+        ]
+    for row in rows:
+        if "import_click_wall_s" in row:
+            lines += ["", f"`pi-convert --help`: {row['ours_wall_s']} s;"
+                      f" `python -c 'import click'`: {row['import_click_wall_s']} s"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--folder", type=Path, help="Where models are made; removed afterwards.")
+    arguments = parser.parse_args()
+    parts = {"smollm2": smollm2, "tinyllama": tinyllama, "growth": growth, "help": help_}
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for name in arguments.part or PARTS:
+            rows += parts[name](Path(folder), arguments.runs)
+            print(rows[-1], file=sys.stderr)
+    versions = environment()
+    command = "python benchmarks/export_gguf.py"
+    write_results(
+        "export_gguf", {"environment": versions, "rows": rows}, as_text(rows, versions, command)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What llama.cpp does with a GGUF's keys, by architecture.
+
+Read in llama.cpp 0c1e57098, vendored by llama-cpp-python 0.3.36: ``llama-model.cpp``
+(``load_hparams``, ``llama_model_rope_type``), ``llama-vocab.cpp`` (``load``) and ``models/*.cpp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from converters.containers.gguf import ValueType
+from converters.rope import gguf as spelling
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LLAMA_CPP_VERSION = "0c1e57098"
+MAX_TENSOR_NAME = 63  # GGML_MAX_NAME - 1
+FINETUNED_KEY = "rope.scaling.finetuned"
+WINDOW_KEY = "attention.sliding_window"
+
+# A key of another type is not converted: the loader refuses the file.
+LOADED_TYPES: Mapping[str, ValueType] = {
+    spelling.CONTEXT_KEY: ValueType.UINT32,
+    spelling.THETA_KEY: ValueType.FLOAT32,
+    spelling.DIMENSION_KEY: ValueType.UINT32,
+    spelling.TYPE_KEY: ValueType.STRING,
+    spelling.FACTOR_KEY: ValueType.FLOAT32,
+    spelling.LEGACY_FACTOR_KEY: ValueType.FLOAT32,
+    spelling.ATTENTION_KEY: ValueType.FLOAT32,
+    spelling.ORIGINAL_KEY: ValueType.UINT32,
+    FINETUNED_KEY: ValueType.BOOL,
+}
+
+TOKENIZER_TYPES: Mapping[str, ValueType] = {
+    "tokenizer.ggml.model": ValueType.STRING,
+    "tokenizer.ggml.pre": ValueType.STRING,
+    "tokenizer.ggml.bos_token_id": ValueType.UINT32,
+    "tokenizer.ggml.eos_token_id": ValueType.UINT32,
+    "tokenizer.ggml.add_bos_token": ValueType.BOOL,
+    "tokenizer.ggml.add_eos_token": ValueType.BOOL,
+}
+
+# llama_model_rope_type gives NONE, and starcoder and refact, whose graphs call no RoPE.
+WITHOUT_ROPE = _names(
+    "arwkv7 bloom clip glm5-next gpt2 gptj jais jamba jina-bert-v2 kimi-k3 kimi-linear mamba mamba2"
+    " mpt nemotron_h nemotron_h_moe refact rwkv6 rwkv6qwen2 rwkv7 starcoder t5 t5encoder"
+    " wavtokenizer-dec"
+)
+
+# Layers with a sliding window rotate with scale 1, whatever the file says.
+WINDOW_LAYERS_UNSCALED = _names(
+    "gemma-embedding gemma3 gemma3n gemma4 gemma4-assistant laguna mellum mimo2 modern-bert"
+    " muse-glimmer olmo2 plamo3 step35"
+)
+
+# The graph attends without a window whatever the key says (phi3 disables it with a warning).
+WINDOW_IGNORED = _names("llama qwen2 qwen2moe qwen3 qwen3moe phi3 starcoder2")
+
+# Their tensor loaders take rope_freqs.weight; any other architecture refuses a file that has it,
+# since the number of tensors then differs from the number it created.
+LOADS_ROPE_FREQS = _names(
+    "apertus arcee cogvlm deci dflash eagle3 exaone exaone-moe exaone4 falcon-h1 gemma4"
+    " gemma4-assistant granite granite_swa granitehybrid granitemoe llada llama llama4 minicpm"
+    " mistral3 nanbeige pangu-embedded refact step35"
+)
+# Loaded, and not handed to any RoPE operation.
+IGNORES_ROPE_FREQS = _names("cogvlm falcon-h1 llada pangu-embedded refact")
+
+# The loader refuses a rotated width other than the head's.
+WHOLE_HEAD_ROTATED = _names("deci falcon llama llama-embed")
+
+# finetuned = false switches RoPE off. In the hybrid ones published models are made without RoPE.
+FINETUNED_SWITCHES_ROPE = _names("granite granite_swa granitehybrid granitemoe graniteswitch")
+PUBLISHED_WITHOUT_ROPE = _names("granitehybrid graniteswitch")
+
+# No published model of these has theta 10000, which a missing key means.
+THETA_NEVER_DEFAULT = _names("gemma3 gemma3n gpt-oss llama4 qwen2 qwen2moe qwen3 qwen3moe smollm3")
+
+BPE_MODELS = frozenset({"gpt2", "gemma4"})
+SPM_MODEL = "llama"
+NO_VOCABULARY = frozenset({"no_vocab", "none"})
+
+PRE_TOKENIZERS = _names(
+    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe"
+    " command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone"
+    " exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o"
+    " gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan"
+    " hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de jina-v2-es"
+    " jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 llama3"
+    " llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo"
+    " phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe"
+    " smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya trillion"
+    " ufakzeka viking whitespace youtu"
+)
+# Where add_bos_token is not stated: SPM adds BOS, BPE does not, but for these pre-tokenizers.
+PRE_TOKENIZERS_ADDING_BOS = _names(
+    "chameleon falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral"
+    " tekken"
+)
+MERGES_NOT_NEEDED = frozenset({"kimi-k2"})

@@ -1,0 +1,111 @@
+"""The ``pi-convert`` command: a group whose subcommands load only when they run.
+
+Exit codes: 0 done; 1 bad input or failure; 2 wrong use of the command line; 3 not proven.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from converters.errors import ConvertError
+
+# name -> first line of its help, so that listing the commands imports none of them. A test holds
+# these lines equal to the commands' docstrings.
+COMMANDS = {
+    "export": "Write a checkpoint as GGUF or safetensors, with its RoPE interpolated.",
+    "verify": "Prove that an artifact is its source with the expected RoPE.",
+    "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
+    "check": "Audit a GGUF file's metadata, of any architecture.",
+    "fix": "Repair a GGUF file's RoPE metadata; tensor bytes stay untouched.",
+    "quants": "List every quantization type with its size for a model.",
+    "doctor": "Show versions, libraries and devices, and what is missing.",
+}
+
+EXIT_FAILURE = 1
+EXIT_NOT_PROVEN = 3
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Commands are modules of ``pi_convert.commands``, imported when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of a user's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"pi_convert.commands.{cmd_name}")
+        command = module.command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"pi_convert.commands.{cmd_name}.command is not a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"pi-convert {version('pi-convert')}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", count=True, help="Log more to stderr; twice for all.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+    help="Show the version.",
+)  # fmt: skip
+def cli(verbose: int) -> None:
+    """Extend a RoPE model's context by Position Interpolation, export it, and prove the result.
+
+    MODEL is a Hugging Face folder, a GGUF file or a hub id. Left out: the checkpoint in the current
+    folder; where there is none, the default model.
+    """
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+
+
+def main() -> NoReturn:
+    """Runs the command line; known errors become one message and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line. Bugs keep their traceback."""
+    try:
+        result = cli.main(arguments, prog_name="pi-convert", standalone_mode=False)
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ConvertError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        return EXIT_FAILURE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    click.echo("interrupted; nothing half-written was left", err=True)
+    return EXIT_INTERRUPTED

@@ -1,0 +1,71 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+class ScaleType(click.ParamType[float]):
+    """A finite number of at least 1."""
+
+    name = "number"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The scale, or a usage error (exit 2)."""
+        try:
+            scale = float(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a number, such as 8.", param, ctx)
+        if not (math.isfinite(scale) and scale >= 1):
+            self.fail(
+                f"{value!r} does not extend a context; give 1 or more, such as 8.", param, ctx
+            )
+        return scale
+
+
+def model_argument(function: Decorated) -> Decorated:
+    """``[MODEL]``."""
+    return click.argument("model", required=False)(function)
+
+
+def scale_option(*, required: bool, help: str) -> Callable[[Decorated], Decorated]:  # noqa: A002
+    """``--scale S``."""
+    return click.option("--scale", type=ScaleType(), required=required, metavar="S", help=help)
+
+
+def json_option(function: Decorated) -> Decorated:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(
+        function
+    )
+
+
+def force_option(function: Decorated) -> Decorated:
+    """``--force``."""
+    return click.option("--force", is_flag=True, help="Replace an existing output.")(function)
+
+
+def revision_option(function: Decorated) -> Decorated:
+    """``--revision``."""
+    return click.option("--revision", help="Branch, tag or commit of a hub id.")(function)
+
+
+def original_context_option(function: Decorated) -> Decorated:
+    """``--original-context N``."""
+    return click.option(
+        "--original-context",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="L in tokens, where the checkpoint does not say or is wrong.",
+    )(function)

@@ -1,0 +1,1 @@
+"""Values to text and JSON; data goes to stdout, progress to stderr."""

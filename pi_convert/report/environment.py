@@ -1,0 +1,129 @@
+"""An environment as text and JSON."""
+
+from __future__ import annotations
+
+from pi_convert.audit.environment import BASE, Environment, GgmlBuild
+from pi_convert.report.console import pairs, size, table
+
+SCHEMA_VERSION = 1
+
+
+def environment_text(environment: Environment) -> str:
+    """What is there, what is missing, and the lines that install it."""
+    about = {
+        "pi-convert": environment.version,
+        "python": environment.python,
+        "system": environment.system,
+        "processor": f"{environment.cores} cores usable; "
+        + (" ".join(environment.processor_features) or "features not told"),
+        "GPU": "; ".join(environment.gpus) or "none that torch can use",
+    }
+    parts = [
+        pairs(about),
+        "libggml\n" + (_ggml_text(environment.ggml) if environment.ggml else "  not usable"),
+        "Packages\n" + _package_table(environment),
+        "Room\n" + _room(environment),
+        _default_model(environment),
+        *(f"{extra}: {line}" for extra, line in _installs(environment).items()),
+    ]
+    for problem in environment.problems:
+        label = "PROBLEM" if problem.breaks_base else "problem"
+        parts.append(f"{label}: {problem.message}\n  {problem.remedy}")
+    works = "works" if environment.base_works else "is broken: see PROBLEM above"
+    return "\n\n".join([*parts, f"The base install {works}."])
+
+
+def _ggml_text(build: GgmlBuild) -> str:
+    return pairs(
+        {
+            "llama-cpp-python": build.package_version,
+            "ggml": f"{build.version}, commit {build.commit or 'not told'}",
+            "in": str(build.folder),
+            "compiled for": build.compiled_features or "not told",
+            "GPU offload": "yes" if build.offloads_to_gpu else "no: CPU build",
+        }
+    )
+
+
+def _package_table(environment: Environment) -> str:
+    rows = [
+        [
+            package.name,
+            ", ".join(package.extras),
+            package.version or "missing",
+            package.required + ("" if package.fits or package.version is None else "  NOT MET"),
+        ]
+        for package in environment.packages
+    ]
+    return table(rows, header=("package", "for", "installed", "required"))
+
+
+def _room(environment: Environment) -> str:
+    return table(
+        [[disk.purpose, f"{size(disk.free_bytes)} free", str(disk.folder)]
+         for disk in environment.disks]
+    )  # fmt: skip
+
+
+def _default_model(environment: Environment) -> str:
+    path = environment.default_model
+    return f"Default model: {path or 'not installed'}"
+
+
+def _installs(environment: Environment) -> dict[str, str]:
+    """For each extra that lacks something, the line that installs it."""
+    lacking = {
+        extra
+        for package in environment.packages
+        if BASE not in package.extras and not package.fits
+        for extra in package.extras
+    }
+    return {
+        f"missing for {extra}": f"pip install 'pi-convert[{extra}]'" for extra in sorted(lacking)
+    }
+
+
+def environment_json(environment: Environment) -> dict[str, object]:
+    """The same for machines; ``schema_version`` changes when a field does."""
+    build = environment.ggml
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "base_works": environment.base_works,
+        "version": environment.version,
+        "python": environment.python,
+        "system": environment.system,
+        "cores": environment.cores,
+        "processor_features": list(environment.processor_features),
+        "packages": [
+            {
+                "name": package.name,
+                "extras": list(package.extras),
+                "required": package.required,
+                "version": package.version,
+                "fits": package.fits,
+            }
+            for package in environment.packages
+        ],
+        "ggml": None
+        if build is None
+        else {
+            "package_version": build.package_version,
+            "version": build.version,
+            "commit": build.commit,
+            "folder": str(build.folder),
+            "compiled_features": build.compiled_features,
+            "offloads_to_gpu": build.offloads_to_gpu,
+        },
+        "gpus": list(environment.gpus),
+        "disks": [
+            {"purpose": disk.purpose, "folder": str(disk.folder), "free_bytes": disk.free_bytes}
+            for disk in environment.disks
+        ],
+        "default_model": None
+        if environment.default_model is None
+        else str(environment.default_model),
+        "problems": [
+            {"message": p.message, "remedy": p.remedy, "breaks_base": p.breaks_base}
+            for p in environment.problems
+        ],
+    }

@@ -1,0 +1,178 @@
+"""What ``export`` read, planned and wrote, as text and JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.checkpoint import Checkpoint
+from converters.targets.gguf import GgufArtifact, GgufPlan
+from converters.targets.huggingface import FolderArtifact
+from pi_convert.report.console import size, table
+from pi_convert.report.rope import evidence_lines, rope_json, rope_text
+from pi_convert.report.runlines import run_lines, run_text
+from pi_convert.verify.verdict import Verdict
+
+SCHEMA_VERSION = 1
+_NAMED = 3  # tensors named of many; --json has all
+
+QUALITY_NOTE = (
+    "Position Interpolation without fine-tuning costs quality: `pi-convert verify` measures it, as"
+    " the KL\nagainst factor 1 on the same tokens. A short fine-tuning mends it (`finetune`, in a"
+    " coming release)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """One run of ``export``; empty tuples for what was not asked for or did not happen yet."""
+
+    source: Checkpoint
+    checkpoint: Checkpoint
+    scale: float
+    plans: tuple[GgufPlan, ...] = ()
+    folder: Path | None = None  # where a safetensors folder would go
+    ggufs: tuple[GgufArtifact, ...] = ()
+    folders: tuple[FolderArtifact, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    seconds: float = 0.0
+
+
+def header_text(report: ExportReport) -> str:
+    """What was read, and the RoPE before and after."""
+    source = report.source
+    stored = sum(tensor.size_bytes for tensor in source.tensors.values())
+    kinds = Counter(tensor.encoding.name for tensor in source.tensors.values())
+    rows = [
+        [
+            "read",
+            f"{source.origin.label}: {source.architecture.name},"
+            f" {source.parameters / 1e6:,.1f} M parameters, {len(source.tensors)} tensors"
+            f" ({counts(kinds)}), {size(stored)}",
+        ],
+        ["RoPE before", rope_text(source.rope)],
+        ["RoPE after", rope_text(report.checkpoint.rope)],
+        ["told by", "; ".join(evidence_lines(source.rope))],
+    ]
+    return _rows(rows)
+
+
+def dry_run_text(report: ExportReport) -> str:
+    """What would be written."""
+    rows = []
+    for plan in report.plans:
+        what = f"{plan.file_name}  {size(plan.size_bytes)} ({counts(plan.type_counts)})"
+        rows += [["would write", what], *fallback_rows(plan.fallbacks)]
+    if report.folder is not None:
+        rows.append(["would write", f"{report.folder}/"])
+    return "\n".join([_rows(rows), "dry run: nothing was written"])
+
+
+def written_text(report: ExportReport) -> str:
+    """Sizes, hashes and time of what was written, and the lines that run it."""
+    rows = []
+    for gguf in report.ggufs:
+        rows += [
+            ["wrote", f"{gguf.path}  {size(gguf.size_bytes)} ({counts(gguf.tensor_types)})"],
+            ["sha256", gguf.sha256],
+            *fallback_rows(gguf.fallbacks),
+        ]
+    for folder in report.folders:
+        rows.append(["wrote", f"{folder.path}/  {size(folder.size_bytes)}"])
+        rows += [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]
+    parts = [_rows([*rows, ["time", f"{report.seconds:.1f} s"]])]
+    context = report.checkpoint.rope.context
+    for gguf in report.ggufs[:1]:
+        parts += ["", run_text(run_lines(gguf.path, report.checkpoint.hparams, context), context)]
+    if len(report.ggufs) > 1:
+        parts.append("  and the other files likewise")
+    if report.checkpoint.rope.factor != 1:
+        parts += ["", QUALITY_NOTE]
+    return "\n".join(parts)
+
+
+def _rows(rows: list[list[str]]) -> str:
+    """Every block of export's text in the same two columns."""
+    return table([[label.ljust(11), value] for label, value in rows])
+
+
+def counts(kinds: Mapping[str, int]) -> str:
+    """q4_1 210, f32 61, q8_0 1: most frequent first."""
+    return ", ".join(
+        f"{name} {count}" for name, count in sorted(kinds.items(), key=lambda item: -item[1])
+    )
+
+
+def fallback_rows(fallbacks: tuple[str, ...]) -> list[list[str]]:
+    """Tensors whose rows fit no block of the wanted type, a row for each pair of types."""
+    by_change: dict[str, list[str]] = {}
+    for line in fallbacks:
+        name, change = line.split(": ", 1)
+        by_change.setdefault(change, []).append(name)
+    rows = []
+    for change, names in by_change.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        rows.append(["fell back", f"{change}: {', '.join(names[:_NAMED])}{more}"])
+    return rows
+
+
+def export_json(report: ExportReport) -> dict[str, object]:
+    """The same for machines; paths as given, bytes as numbers."""
+    source = report.source
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": {
+            "label": source.origin.label,
+            "kind": source.origin.kind,
+            "revision": source.origin.revision,
+            "architecture": source.architecture.name,
+            "parameters": source.parameters,
+            "rope": rope_json(source.rope),
+        },
+        "scale": report.scale,
+        "rope": rope_json(report.checkpoint.rope),
+        "planned": [
+            {
+                "file": plan.file_name,
+                "quantize": plan.quantize,
+                "size_bytes": plan.size_bytes,
+                "tensor_types": plan.type_counts,
+                "fallbacks": list(plan.fallbacks),
+            }
+            for plan in report.plans
+        ],
+        "artifacts": [_gguf_json(report, gguf) for gguf in report.ggufs]
+        + [
+            {
+                "format": "safetensors",
+                "path": str(folder.path),
+                "size_bytes": folder.size_bytes,
+                "files": dict(folder.files),
+            }
+            for folder in report.folders
+        ],
+        "verdicts": [verdict.to_json() for verdict in report.verdicts],
+        "seconds": round(report.seconds, 2),
+    }
+
+
+def _gguf_json(report: ExportReport, gguf: GgufArtifact) -> dict[str, object]:
+    lines = run_lines(gguf.path, report.checkpoint.hparams, report.checkpoint.rope.context)
+    return {
+        "format": "gguf",
+        "path": str(gguf.path),
+        "quantize": gguf.quantize,
+        "size_bytes": gguf.size_bytes,
+        "sha256": gguf.sha256,
+        "tensor_types": dict(gguf.tensor_types),
+        "fallbacks": list(gguf.fallbacks),
+        "run": {
+            "context": lines.context,
+            "kv_cache_bytes": lines.kv_cache_bytes,
+            "llama_cli": lines.llama_cli,
+            "llama_server": lines.llama_server,
+            "ollama": lines.ollama,
+        },
+    }

@@ -1,0 +1,96 @@
+"""The command line as a whole: help, usage errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from pi_convert import cli
+
+HEAVY = ("numpy", "torch", "transformers", "llama_cpp", "gguf", "tokenizers", "huggingface_hub")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"]])
+def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom pi_convert import cli\n"
+        f"assert cli.run({arguments!r}) == 0\n"
+        f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_command_is_listed_with_its_own_first_line() -> None:
+    context = click.Context(cli.cli)
+    for name, line in cli.COMMANDS.items():
+        command = cli.cli.get_command(context, name)
+        assert command is not None
+        assert command.help is not None
+        assert command.help.splitlines()[0] == line
+    folder = Path(cli.__file__).parent / "commands"
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "options"}
+    assert modules == set(cli.COMMANDS)
+
+
+def test_every_option_has_help() -> None:
+    context = click.Context(cli.cli)
+    for name in cli.COMMANDS:
+        command = cli.cli.get_command(context, name)
+        assert command is not None
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts}"
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "0.5", "eight", ""])
+def test_a_scale_that_is_none_is_wrong_use(
+    scale: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.run(["export", "--to", "gguf", f"--scale={scale}", "--out", str(tmp_path / "o")])
+    assert code == 2
+    assert "--scale" in capfd.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "--to", "gguf"],
+        ["export", "--scale", "8"],
+        ["export", "--to", "floppy", "--scale", "8"],
+        ["export", "--to", "safetensors", "--scale", "8", "--quantize", "q4_k_m"],
+        ["export", "--to", "gguf", "--scale", "8", "--dtype", "f16"],
+        ["export", "--to", "gguf", "--scale", "8", "--verify", "quick", "--dry-run"],
+        ["unknown"],
+        ["verify"],
+    ],
+)
+def test_wrong_use_is_exit_2(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 2
+    assert capfd.readouterr().err
+
+
+def test_a_missing_model_is_one_clear_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.run(["export", str(tmp_path / "nowhere"), "--to", "gguf", "--scale", "8"])
+    assert code == 1
+    error = capfd.readouterr().err
+    assert "nowhere" in error
+    assert "hint: " in error
+    assert "Traceback" not in error
+
+
+def test_python_m_runs_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pi_convert", "--version"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("pi-convert ")
