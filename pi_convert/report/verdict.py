@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pi_convert.report.console import table
-from pi_convert.verify.verdict import Control, LinkResult, Outcome, Verdict
+from pi_convert.verify.verdict import Control, LinkResult, Outcome, Status, Verdict
 
 _OUTCOMES = {
     Outcome.PROVEN: "PROVEN",
@@ -35,7 +35,8 @@ def _link(number: int, link: LinkResult) -> str:
     if measures:
         lines.append(table(measures, indent=17))
     if link.controls:
-        rows = [_control(control) for control in link.controls]
+        failed = link.status is Status.FAILED
+        rows = [_control(control, failed=failed) for control in link.controls]
         lines.append(table(rows, indent=17))
     lines += [f"{'':17}finding: {finding}" for finding in link.findings]
     lines += [f"{'':17}note: {note}" for note in link.notes]
@@ -44,8 +45,13 @@ def _link(number: int, link: LinkResult) -> str:
     return "\n".join(lines)
 
 
-def _control(control: Control) -> list[str]:
-    seen = "seen, as it must be" if control.seen else "NOT SEEN: this check proves nothing here"
+def _control(control: Control, *, failed: bool) -> list[str]:
+    if control.seen:
+        seen = "seen, as it must be"
+    elif failed:
+        seen = "says nothing, since the run itself is off"
+    else:
+        seen = "NOT SEEN: this check proves nothing here"
     value, right = number_text(control.value), number_text(control.right)
     return [f"control: {control.name}", f"{value} (right: {right})", seen]
 

@@ -1,0 +1,1 @@
+"""Texts, windows of tokens, and the statistics of what runtimes make of them."""

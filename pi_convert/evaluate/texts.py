@@ -1,0 +1,38 @@
+"""Texts to evaluate on, in an order that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text with a name; what is said about text is clustered by document."""
+
+    name: str
+    text: str
+
+
+def default_documents() -> tuple[Document, ...]:
+    """Python's own documentation, from the standard library: no download, about 110,000 tokens."""
+    from pydoc_data.topics import topics
+
+    return tuple(Document(f"pydoc {name}", text) for name, text in sorted(topics.items()))
+
+
+def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
+    """One document a file. Raises ``SourceError`` for a file that is not UTF-8 text or is empty."""
+    documents = []
+    for path in paths:
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path}: {error}", hint="Expected a UTF-8 text file.") from error
+        if not text.strip():
+            raise SourceError(f"{path} is empty", hint="Give a file with text in it.")
+        documents.append(Document(path.name, text))
+    return tuple(documents)

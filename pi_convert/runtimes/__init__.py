@@ -1,0 +1,1 @@
+"""What runs a model: one protocol, and a module for each runtime."""

@@ -1,0 +1,61 @@
+"""Every constant that a link passes or fails by, with the reason it was measured to have.
+
+Measured on x86-64 with two cores, SmolLM2-135M and seeded tiny models, llama.cpp 0c1e57098 (of
+llama-cpp-python 0.3.36), torch 2.13 in float32, chunks of 512 tokens, unless said.
+"""
+
+from __future__ import annotations
+
+# Link 1. float32 frequencies, CPU. numpy's pow and torch's differ by one unit in the last place,
+# the division by the factor rounds once more.
+OUR_FREQUENCY_ULP = 2
+# llama.cpp's converter computes llama3's factors in float64 and is 3 to 4 off; a wrong factor of
+# 8.0001 is 100 off.
+OTHER_FREQUENCY_ULP = 8
+
+# Link 1. Both runs are one program on one input: on the CPU a right file differs by 0.0 in every
+# bit, with any quantization; factor 8.0001 for 8 gives 0.94 on a Q4_1 file, 1e-4 on an f16 file.
+IDENTITY_TOKENS = 512
+IDENTITY_SCORED_TOKENS = 128  # the last ones: whatever differs before reaches them
+# The control of link 1: 8.0001 for 8, in proportion.
+IDENTITY_CONTROL_STRETCH = 1 + 1.25e-5
+# Kernels on a GPU may add up in another order from run to run: there the imposed run may differ
+# from the plain one by no more than this times what two plain runs differ by.
+DEVICE_REPEAT_MARGIN = 2.0
+
+# Link 2. Root mean square error against the source, artifact's over this machine's quantizer's.
+# Builds with and without FMA differ in 1 to 2 % of the K-quant blocks, and by 1e-4 in this ratio.
+OTHER_BUILD_ERROR_RATIO = 1.01
+
+# Link 4. Mean KL(llama.cpp || torch) in nats. An f16 SmolLM2 gives 1.6e-6, with a factor of 2.002
+# for 2 it gives 2e-5.
+FLOAT_MEAN_KL = 5e-6
+# How far rounding alone takes a model from torch is measured for every model (runtimes.rounding),
+# on the control window. On the same window llama.cpp came to 0.42 to 1.09 of it in 34 runs (f32,
+# f16, bf16, q8_0, q4_0, q4_k_m, q6_k, q2_k, iq4_xs, tq1_0; 2 to 16 layers) that lay between 4e-6
+# and 0.21; between windows of one model it differed by 1.35. Q4_1 SmolLM2: 4.0e-3.
+ROUNDING_MARGIN = 3.0
+# CUDA multiplies quantized weights by q8_1 or dequantizes to f16: not modelled, so not held to it.
+CUDA_QUANTIZED_MEAN_KL = 2e-2
+# A control that is not this many times the right run's KL says nothing about the right run.
+CONTROL_RATIO = 10.0
+
+# Link 4's windows, in tokens. One pass over 9,216 tokens of SmolLM2 takes 40 to 60 s in llama.cpp
+# and 36 s in torch on two cores: so quick has one window past L, and short ones for the controls.
+PAST_TOKENS = 1024  # scored past L
+# KL is heavy-tailed: over 12 tokens a right f16 file came to 2.9 times rounding, over 140 to 0.8.
+LEAST_SCORED_TOKENS = 256  # of them before L where L' is nearer than this, as with factor 1.1
+FAR_TOKENS = 512  # at the far end of L'
+CONTROL_TOKENS = 2048  # the second half is scored
+# Quick reads no more than this before L; positions still cross L where it is longer.
+QUICK_LEAD_TOKENS = 16_384
+FULL_WINDOW = 1.5  # of L, scored past L
+
+# Link 5, full preset: several documents.
+QUALITY_DOCUMENTS = 24
+QUALITY_DOCUMENT_TOKENS = 2048
+QUALITY_CLUSTERS = 8  # fewer documents than this give no interval to gate by
+# Margins where none are given. Q4_K_M of a 135M model costs about 0.03 nats and 3 % of perplexity;
+# 2-bit types cost more than this and have to be asked for by --max-kl and --max-ppl-increase.
+MAX_KL = 0.1
+MAX_PPL_INCREASE = 0.05

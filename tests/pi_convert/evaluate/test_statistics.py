@@ -1,0 +1,85 @@
+"""Means and divergences against torch, scipy-free arithmetic and resampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pi_convert.evaluate.statistics import (
+    Comparison,
+    clustered_mean,
+    kl_divergence,
+    negative_log_likelihood,
+)
+
+
+def logits(seed: int, rows: int = 70, vocabulary: int = 513) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 4, (rows, vocabulary)).astype(np.float32)
+
+
+def test_kl_is_torchs_in_float64() -> None:
+    p, q = logits(0), logits(1)
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (p, q))
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    assert np.allclose(kl_divergence(p, q), expected.numpy(), rtol=1e-12)
+    assert np.array_equal(kl_divergence(p, p), np.zeros(len(p)))
+
+
+def test_kl_of_what_is_not_finite_is_not_small() -> None:
+    p, q = logits(0), logits(1)
+    q[3, 5] = np.nan
+    assert np.isnan(kl_divergence(p, q)[3])
+    assert not np.isnan(kl_divergence(p, q)[2])
+
+
+def test_nll_is_torchs_cross_entropy_and_nan_without_a_token() -> None:
+    p = logits(2)
+    following = np.arange(len(p), dtype=np.int32)
+    following[-1] = -1
+    found = negative_log_likelihood(p, following)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(p[:-1]).double(),
+        torch.from_numpy(following[:-1].astype(np.int64)),
+        reduction="none",
+    )
+    assert np.allclose(found[:-1], expected.numpy(), rtol=1e-12)
+    assert np.isnan(found[-1])
+
+
+def test_a_clustered_error_is_what_resampling_documents_gives() -> None:
+    draw = np.random.default_rng(3)
+    sizes = draw.integers(20, 60, 40)
+    cluster = np.repeat(np.arange(40), sizes).astype(np.int32)
+    values = np.repeat(draw.normal(0, 1, 40), sizes) + draw.normal(0, 0.2, len(cluster))
+    found = clustered_mean(values, cluster)
+    parts = [values[cluster == i] for i in range(40)]
+    means = []
+    for _ in range(4000):
+        picked = [parts[i] for i in draw.integers(0, 40, 40)]
+        means.append(np.concatenate(picked).mean())
+    assert found.standard_error == pytest.approx(np.std(means), rel=0.1)
+    independent = values.std() / np.sqrt(len(values))
+    assert found.standard_error > 3 * independent  # what ignoring the documents would claim
+    low, high = found.interval or (0, 0)
+    assert high - found.value == pytest.approx(1.959964 * found.standard_error)
+    assert low < found.value < high
+
+
+def test_one_document_has_no_error() -> None:
+    found = clustered_mean(np.ones(5), np.zeros(5, dtype=np.int32))
+    assert found.standard_error is None
+    assert found.interval is None
+
+
+def test_a_comparison_leaves_out_positions_without_a_token() -> None:
+    p, q = logits(4, rows=3), logits(5, rows=3)
+    following = np.array([1, 2, -1], dtype=np.int32)
+    document = np.array([0, 1, -1], dtype=np.int32)
+    compared = Comparison()
+    compared.add(p, q, following, document)
+    assert compared.positions == 3
+    assert compared.clustered_kl().tokens == 2
+    assert compared.mean_kl == pytest.approx(kl_divergence(p, q).mean())
+    agreement = np.mean(p.argmax(1) == q.argmax(1))
+    assert compared.top1_agreement == pytest.approx(agreement)
