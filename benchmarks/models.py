@@ -1,13 +1,19 @@
-"""Seeded checkpoints of real shapes to export: made here, deterministic, removed by the caller."""
+"""Seeded checkpoints of real shapes to export: deterministic, removed by the caller.
+
+usage: python benchmarks/models.py SHAPE FOLDER
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class ModelShape:
 
 
 TINYLLAMA = ModelShape("1.1B", 2048, 5632, 22, 32, 4)
-GROWTH = (
+GROWTH = (  # of one make, so that time can be laid against parameters
     ModelShape("0.1B", 768, 2048, 8, 12, 4),
     ModelShape("0.4B", 1024, 2816, 24, 16, 4),
     TINYLLAMA,
@@ -34,6 +40,9 @@ LAYERS_PER_SHARD = 6
 
 def write_seeded(folder: Path, shape: ModelShape, seed: int = 0) -> Path:
     """A sharded bf16 LLaMA folder with a real SentencePiece vocabulary of 32,000 pieces."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -111,10 +120,16 @@ def _write_config(folder: Path, shape: ModelShape, head_dim: int) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    import mistral_common
-
-    data = Path(mistral_common.__file__).parent / "data"
+    spec = find_spec("mistral_common")
+    assert spec is not None
+    assert spec.origin is not None
+    data = Path(spec.origin).parent / "data"
     (folder / "tokenizer.model").write_bytes((data / "tokenizer.model.v1").read_bytes())
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
               "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    name, target = sys.argv[1:]
+    write_seeded(Path(target), next(shape for shape in GROWTH if shape.name == name))

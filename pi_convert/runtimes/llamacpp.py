@@ -344,13 +344,13 @@ def _library() -> Any:
     return llama_cpp
 
 
-def load_in_child(path: Path, options: LlamaCppOptions) -> str | None:
+def load_in_child(path: Path) -> str | None:
     """Loads the file and opens a context in a child process; why that fails, None where it works.
 
     llama.cpp aborts or crashes on some malformed files; here it takes no other process with it.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, os.fsdecode(path), options.kv_cache_type],
+        [sys.executable, "-c", _CHILD, os.fsdecode(path)],
         capture_output=True,
         check=False,
     )

@@ -16,7 +16,7 @@ from pi_convert.runtimes.llamacpp import cores, load_in_child, require_device
 from pi_convert.runtimes.pytorch import limit_threads
 from pi_convert.verify import execution, gates, quality
 from pi_convert.verify.request import Expected, Subject, VerifyRequest, expected_rope, open_artifact
-from pi_convert.verify.rope import verify_rope
+from pi_convert.verify.rope import verify_rope, verify_stored_rope
 from pi_convert.verify.tokenizer_reference import ReferenceEncoder, reference_encoder
 from pi_convert.verify.verdict import LinkName, LinkResult, Status, Verdict
 from pi_convert.verify.vocabulary import verify_tokenizer
@@ -115,15 +115,12 @@ def _other_architecture(subject: Subject) -> list[LinkResult]:
 def _load_problem(subject: Subject) -> str | None:
     """Why llama.cpp cannot load the artifact; found in a child process, since it may abort."""
     artifact = subject.artifact
-    return artifact.rope_problem or load_in_child(artifact.path, subject.request.llamacpp)
+    return artifact.rope_problem or load_in_child(artifact.path)
 
 
 def _not_loadable(subject: Subject, problem: str, progress: Progress) -> list[LinkResult]:
     reason = f"llama.cpp cannot load the file: {problem}"
-    rope_is_why = subject.artifact.rope_problem is not None
-    links = [_not_run(LinkName.ROPE, reason)]
-    if rope_is_why:
-        links = [LinkResult(LinkName.ROPE, Status.FAILED, problem, cause=problem)]
+    links = [verify_stored_rope(subject, reason)]
     links += [verify_weights(subject, progress), _not_run(LinkName.TOKENIZER, reason)]
     links += [LinkResult(LinkName.EXECUTION, Status.FAILED, reason, cause=reason)]
     return [*links, _not_run(LinkName.QUALITY, reason)]

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from converters.encodings import decode_f32
 from converters.errors import UnsupportedError
 from converters.tensor import Tensor
 from converters.transforms import deinterleave_rope, interleave_rope
+from pi_convert.verify.encode import encode
 from pi_convert.verify.request import Subject
 
 Values = npt.NDArray[np.float32]
@@ -46,7 +48,8 @@ def _cause(subject: Subject, name: str, differing_rows: int, first_row: int) -> 
 
 def _elements(found: Tensor, source: Tensor, rows: int, first: int) -> str:
     if found.encoding.is_float:
-        a, b = found.read_f32(first, first + 1)[0], source.read_f32(first, first + 1)[0]
+        expected = encode(source.read_f32(first, first + 1), found.encoding)
+        a, b = found.read_f32(first, first + 1)[0], decode_f32(expected, found.encoding)[0]
         (columns,) = np.nonzero(a != b)
         if rows == 1 and len(columns) == 1:
             at = int(columns[0])

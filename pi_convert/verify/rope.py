@@ -36,25 +36,11 @@ _KNOWN_KEYS = {
 
 def verify_rope(subject: Subject, stream: TokenStream, progress: Progress) -> LinkResult:
     """Stored values against transformers', then the run against the run with RoPE imposed."""
-    artifact, expected = subject.artifact, subject.expected
-    rope = artifact.rope
+    expected = subject.expected
+    findings, measures = _stored(subject)
+    rope = subject.artifact.rope
     if rope is None:
-        problem = artifact.rope_problem or "it has no RoPE"
-        return LinkResult(LinkName.ROPE, Status.FAILED, problem, cause=problem, findings=(problem,))
-    reference, attention = reference_rope(subject.source, expected.rope)
-    limit = gates.OUR_FREQUENCY_ULP if artifact.is_ours else gates.OTHER_FREQUENCY_ULP
-    findings = [
-        *_frequency_findings(rope, expected.rope, reference, limit),
-        *_attention_findings(rope, attention),
-        *_context_findings(artifact, rope, expected.rope),
-    ]
-    measures: dict[str, float | int | str] = {
-        "factor": rope.factor,
-        "theta": rope.theta,
-        "L": rope.original_context or "not stored",
-        "L'": rope.context,
-        "frequencies off by (ulp)": _distance(reference, rope),
-    }
+        return _result(subject, findings, measures, ())
     identity = _Identity(subject, stream, progress)
     try:
         difference, kl = identity.difference(None)
@@ -73,6 +59,37 @@ def verify_rope(subject: Subject, stream: TokenStream, progress: Progress) -> Li
         f"factor {stretched.factor:.8g} imposed", seen, difference, seen > identity.allowed
     )
     return _result(subject, findings, measures, (control,))
+
+
+def verify_stored_rope(subject: Subject, reason: str) -> LinkResult:
+    """Stored values alone, where llama.cpp cannot run the file for ``reason``."""
+    findings, measures = _stored(subject)
+    if findings:
+        return _result(subject, findings, measures, ())
+    return LinkResult(LinkName.ROPE, Status.NOT_RUN, f"stored right; {reason}", measures)
+
+
+def _stored(subject: Subject) -> tuple[list[str], dict[str, float | int | str]]:
+    """What is wrong with the stored values, and the values."""
+    artifact, expected = subject.artifact, subject.expected
+    rope = artifact.rope
+    if rope is None:
+        return [artifact.rope_problem or "it has no RoPE"], {}
+    reference, attention = reference_rope(subject.source, expected.rope)
+    limit = gates.OUR_FREQUENCY_ULP if artifact.is_ours else gates.OTHER_FREQUENCY_ULP
+    findings = [
+        *_frequency_findings(rope, expected.rope, reference, limit),
+        *_attention_findings(rope, attention),
+        *_context_findings(artifact, rope, expected.rope),
+    ]
+    measures: dict[str, float | int | str] = {
+        "factor": rope.factor,
+        "theta": rope.theta,
+        "L": rope.original_context or "not stored",
+        "L'": rope.context,
+        "frequencies off by (ulp)": _distance(reference, rope),
+    }
+    return findings, measures
 
 
 def _result(

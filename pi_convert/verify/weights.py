@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.architectures.hparams import read_gguf_hparams
-from converters.encodings import F32, Encoding, decode_f32
+from converters.encodings import Encoding, decode_f32
 from converters.errors import SourceError, UnsupportedError
 from converters.progress import Progress
 from converters.targets.gguf.ggml import load_ggml
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores
 from pi_convert.verify import gates
+from pi_convert.verify.encode import encode
 from pi_convert.verify.mismatch import name_cause
 from pi_convert.verify.request import QUANTIZER_KEY, Subject
 from pi_convert.verify.verdict import LinkName, LinkResult, Status
@@ -181,18 +182,6 @@ def _unequal_rows(found: Tensor, source: Tensor, start: int, stop: int) -> npt.N
             return np.ones(stop - start, dtype=np.bool_)
     unequal: npt.NDArray[np.bool_] = np.any(raw != expected, axis=1)
     return unequal
-
-
-def encode(values: npt.NDArray[np.float32], encoding: Encoding) -> npt.NDArray[np.uint8]:
-    """Rows of values in an encoding, uint8 (rows, row_bytes)."""
-    if encoding is F32:
-        return np.ascontiguousarray(values).view(np.uint8)
-    if encoding.is_float:
-        import gguf
-
-        data = gguf.quantize(values, gguf.GGMLQuantizationType(encoding.ggml_type))
-        return np.ascontiguousarray(data).view(np.uint8).reshape(len(values), -1)
-    return load_ggml().quantize(encoding, values)
 
 
 def _error_ratio(found: Tensor, source: Tensor, rows: Sequence[tuple[int, int]]) -> float:

@@ -186,8 +186,8 @@ def test_what_llama_cpp_refuses_comes_in_its_own_words(model: Any, tmp_path: Pat
         LlamaCppModel(cut, "llama", ONE)
     with pytest.raises(SourceError, match=r"cut\.gguf"):
         LlamaCppTokenizer(cut)
-    assert "failed to" in (load_in_child(cut, ONE) or "")
-    assert load_in_child(path, ONE) is None
+    assert "failed to" in (load_in_child(cut) or "")
+    assert load_in_child(path) is None
     with LlamaCppModel(path, "llama", ONE) as artifact, artifact.open_session(8) as session:
         session.feed(TOKENS[:4], position=0, logits=False)
         with pytest.raises(SourceError, match="position 6"):
@@ -202,7 +202,7 @@ def test_a_file_that_aborts_llama_cpp_does_not_take_this_process(
     from tests.pi_convert.verify.gguf_tools import edit_rope
 
     broken = edit_rope(model[2], tmp_path / "ntk.gguf", {"rope.scaling.type": "ntk"})
-    assert "signal 6" in (load_in_child(broken, ONE) or "")
+    assert "signal 6" in (load_in_child(broken) or "")
 
 
 def test_llama_cpps_tokenizer_reads_special_tokens_only_where_told(model: Any) -> None:
