@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.sdist import mistral_common_data
 
 if TYPE_CHECKING:
     import torch
@@ -120,11 +123,9 @@ def _write_config(folder: Path, shape: ModelShape, head_dim: int) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    spec = find_spec("mistral_common")
-    assert spec is not None
-    assert spec.origin is not None
-    data = Path(spec.origin).parent / "data"
-    (folder / "tokenizer.model").write_bytes((data / "tokenizer.model.v1").read_bytes())
+    (folder / "tokenizer.model").write_bytes(
+        (mistral_common_data() / "tokenizer.model.v1").read_bytes()
+    )
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
               "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,7 +1,11 @@
-"""Writes docs/cli.md from the commands' own help: python docs/generate_cli.py."""
+"""Writes docs/cli.md from the commands' own help.
+
+usage: python docs/generate_cli.py [--check]    # --check: exit 1 where it is not up to date
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -37,4 +41,6 @@ def _block(command: click.Command, name: str | None) -> list[str]:
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(REFERENCE.read_text("utf-8") != reference())
     REFERENCE.write_text(reference(), "utf-8")

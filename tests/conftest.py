@@ -30,7 +30,7 @@ def llama_cpp_source() -> Path:
     """The llama.cpp that llama-cpp-python vendors: its converter and its tokenizers' vectors."""
     from tests.sdist import unpack_llama_cpp
 
-    return unpack_llama_cpp(REPOSITORY / ".cache")
+    return unpack_llama_cpp()
 
 
 @pytest.fixture(autouse=True)

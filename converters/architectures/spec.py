@@ -53,6 +53,7 @@ class Architecture:
     name: str
     gguf_name: str
     rope_pairing: Literal["interleaved", "halves"]  # in llama.cpp; Hugging Face has halves
+    free_head_dim: bool  # whether llama.cpp takes heads * head_dim apart from the hidden size
     loads_rope_freqs: bool
     default_theta: float | None
     expects: Mapping[str, object]  # config keys that must have this value where present

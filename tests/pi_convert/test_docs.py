@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,9 @@ DOCS = REPOSITORY / "docs"
 
 
 def test_the_command_reference_is_the_help() -> None:
-    spec = importlib.util.spec_from_file_location("generate_cli", DOCS / "generate_cli.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    expected = module.reference()
-    assert (DOCS / "cli.md").read_text("utf-8") == expected, "run: python docs/generate_cli.py"
+    # In a process of its own: click keeps the help option of the first context a command was in.
+    done = subprocess.run([sys.executable, DOCS / "generate_cli.py", "--check"], check=False)
+    assert done.returncode == 0, "run: python docs/generate_cli.py"
 
 
 def test_the_readme_names_every_command() -> None:

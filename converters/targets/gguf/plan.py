@@ -166,6 +166,12 @@ def _refuse(checkpoint: Checkpoint) -> None:
             f" {architecture.gguf_name}",
             hint="Export to safetensors instead.",
         )
+    if hparams.query_size != hparams.hidden_size and not architecture.free_head_dim:
+        raise UnsupportedError(
+            f"{label}: {hparams.heads} heads of {hparams.head_dim} are not the hidden size of"
+            f" {hparams.hidden_size}, which llama.cpp cannot load for {architecture.gguf_name}",
+            hint="Export to safetensors instead.",
+        )
     if checkpoint.vocabulary.size != hparams.vocab_size:
         raise TokenizerError(
             f"{label}: the tokenizer has {checkpoint.vocabulary.size} ids, the embedding"

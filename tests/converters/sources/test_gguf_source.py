@@ -176,7 +176,7 @@ class TestRefusals:
             open_checkpoint(str(path))
         assert "2 missing: blk.1.ffn_up.weight, output_norm.weight" in error.value.message
         assert "1 unexpected: blk.0.attn_q_norm.weight" in error.value.message
-        assert "wrongly shaped: blk.0.ffn_down.weight [96, 160]" in error.value.message
+        assert "wrongly shaped: blk.0.ffn_down.weight [192, 160]" in error.value.message
 
     def test_no_embedding(self, tmp_path: Path, folder: Path) -> None:
         path = make(tmp_path, folder, leave_out=("token_embd.weight",))

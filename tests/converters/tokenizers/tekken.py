@@ -6,7 +6,6 @@ import base64
 import json
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from converters.tokenizers.pretokenizers import byte_alphabet
@@ -22,9 +21,9 @@ def text_of(token: bytes) -> str:
 @cache
 def ranks(size: int) -> dict[bytes, int]:
     """The first ``size`` tokens of mistral-common's Tekken vocabulary."""
-    import mistral_common
+    from tests.sdist import mistral_common_data
 
-    path = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    path = mistral_common_data() / "tekken_240911.json"
     entries = json.loads(path.read_bytes())["vocab"][:size]
     return {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in entries}
 

@@ -18,9 +18,9 @@ SIZE = 8005
 
 
 def mistral_file(name: str) -> Path:
-    import mistral_common
+    from tests.sdist import mistral_common_data
 
-    return Path(mistral_common.__file__).parent / "data" / name
+    return mistral_common_data() / name
 
 
 def qwen2_json(**changed: Any) -> dict[str, Any]:

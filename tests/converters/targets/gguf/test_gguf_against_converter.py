@@ -17,7 +17,7 @@ import pytest
 from converters.containers.gguf import GgufFile, ValueType, read_gguf_file
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, write_gguf
-from tests.tiny import ODD, ODD4, Shape, write_tiny
+from tests.tiny import APART, ODD, ODD4, Shape, write_tiny
 
 # Runs the converter in its own process, with its own gguf-py; only the lookup of the tiny
 # tokenizer's hash, which no table can hold, is answered for it.
@@ -74,7 +74,7 @@ class Case:
 
 CASES = [
     Case("llama-f32", "llama", ODD, "f32", "f32", tied=True),
-    Case("llama-bf16", "llama", ODD4, "bf16", "bf16", rope=LINEAR),
+    Case("llama-bf16", "llama", APART, "bf16", "bf16", rope=LINEAR),
     Case("llama-f16", "llama", ODD, "bf16", "f16", config={"attention_bias": True}),
     Case("llama-f16-of-f32", "llama", ODD, "f32", "f16", rope={"rope_scaling": LLAMA3}),
     Case("llama-q8_0", "llama", ODD4, "f16", "q8_0", config={"mlp_bias": True}),

@@ -18,7 +18,7 @@ from converters.errors import TokenizerError, UnsupportedError
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, quantization_types, write_gguf
 from converters.targets.gguf.types import FILE_TYPES
-from tests.tiny import ODD, Shape, write_tiny
+from tests.tiny import APART, ODD, Shape, write_tiny
 
 WIDE2 = Shape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=1, head_dim=64)
 
@@ -146,6 +146,12 @@ def test_llama3_is_refused_where_llama_cpp_would_lose_it(tmp_path: Path) -> None
     )
     with pytest.raises(UnsupportedError, match=r"llama3 RoPE.*qwen2"):
         plan_gguf(checkpoint, ["f16"])
+
+
+def test_a_head_size_that_llama_cpp_cannot_load_is_refused(tmp_path: Path) -> None:
+    plan_gguf(opened(tmp_path / "llama", shape=APART), ["f16"])
+    with pytest.raises(UnsupportedError, match=r"8 heads of 24 .* hidden size of 96.*qwen2"):
+        plan_gguf(opened(tmp_path / "qwen2", architecture="qwen2", shape=APART), ["f16"])
 
 
 def test_an_unknown_type_is_refused_with_the_list(tmp_path: Path) -> None:
