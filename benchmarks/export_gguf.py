@@ -1,12 +1,14 @@
 """Export to GGUF against llama.cpp's converter followed by llama_model_quantize.
 
-usage: python benchmarks/export_gguf.py [--runs N] [--part smollm2|tinyllama|growth|help]...
+usage: python benchmarks/export_gguf.py [--runs N] [--part smollm2|tinyllama|three-types|growth|help]...
+Parts that are not run keep their last results.
 Same libggml, same run, interleaved; wall time and the largest process's peak memory, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -16,13 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measure import environment, median, run, write_results
+from benchmarks.measure import RESULTS, environment, median, run, write_results
 from benchmarks.models import GROWTH, TINYLLAMA, ModelShape
 from tests.sdist import unpack_llama_cpp
 
 PYTHON = sys.executable
 PI_CONVERT = str(Path(PYTHON).parent / "pi-convert")
-PARTS = ("smollm2", "tinyllama", "growth", "help")
+PARTS = ("smollm2", "tinyllama", "three-types", "growth", "help")
+
+
+Row = dict[str, object]
 
 
 def ours(model: Path, out: Path, types: list[str]) -> list[list[str]]:
@@ -64,7 +69,7 @@ def best_threads(model: Path, out: Path) -> int:
     return min(walls, key=walls.__getitem__)
 
 
-def compare(model: Path, types: list[str], runs: int) -> dict[str, object]:
+def compare(model: Path, types: list[str], runs: int) -> Row:
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         out = Path(folder)
         threads = best_threads(model, out)
@@ -82,24 +87,26 @@ def compare(model: Path, types: list[str], runs: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def smollm2(folder: Path, runs: int) -> list[dict[str, object]]:
+def smollm2(folder: Path, runs: int) -> list[Row]:
     run([[PI_CONVERT, "export", "--to", "safetensors", "--scale", "1", "--dtype", "bf16",
           "--out", str(folder)]])  # fmt: skip
     model = next(path for path in folder.iterdir() if path.is_dir())
     return [{"work": "SmolLM2-135M bf16 folder", **compare(model, ["q4_k_m"], runs)}]
 
 
-def tinyllama(folder: Path, runs: int) -> list[dict[str, object]]:
+def tinyllama(folder: Path, runs: int, types: tuple[str, ...] = ("q4_k_m",)) -> list[Row]:
     model = seeded(folder, TINYLLAMA)
-    work = "1.1B TinyLlama-shaped, bf16, sharded"
-    return [
-        {"work": work, **compare(model, types, runs)}
-        for types in (["q4_k_m"], ["f16", "q8_0", "q4_k_m"])
-    ]
+    row = {"work": "1.1B TinyLlama-shaped, bf16, sharded", **compare(model, list(types), runs)}
+    shutil.rmtree(model)
+    return [row]
 
 
-def growth(folder: Path, _: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def three_types(folder: Path, runs: int) -> list[Row]:
+    return tinyllama(folder, runs, ("f16", "q8_0", "q4_k_m"))
+
+
+def growth(folder: Path, _: int) -> list[Row]:
+    rows: list[Row] = []
     for shape in GROWTH:
         model = seeded(folder, shape)
         size = sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2
@@ -113,14 +120,14 @@ def growth(folder: Path, _: int) -> list[dict[str, object]]:
     return rows
 
 
-def help_(folder: Path, runs: int) -> list[dict[str, object]]:
+def help_(folder: Path, runs: int) -> list[Row]:
     own = median([run([[PI_CONVERT, "--help"]]) for _ in range(max(runs, 5))])
     click = median([run([[PYTHON, "-c", "import click"]]) for _ in range(max(runs, 5))])
     return [{"work": "pi-convert --help", "ours_wall_s": round(own.wall_s, 3),
              "import_click_wall_s": round(click.wall_s, 3)}]  # fmt: skip
 
 
-def as_text(rows: list[dict[str, object]], versions: dict[str, str], command: str) -> str:
+def as_text(rows: list[Row], versions: dict[str, str], command: str) -> str:
     lines = [
         "# Export to GGUF, against llama.cpp's converter and quantizer",
         "",
@@ -159,17 +166,23 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--folder", type=Path, help="Where models are made; removed afterwards.")
     arguments = parser.parse_args()
-    parts = {"smollm2": smollm2, "tinyllama": tinyllama, "growth": growth, "help": help_}
-    rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for name in arguments.part or PARTS:
-            rows += parts[name](Path(folder), arguments.runs)
-            print(rows[-1], file=sys.stderr)
+    measured = last_results()
+    parts = {"smollm2": smollm2, "tinyllama": tinyllama, "three-types": three_types,
+             "growth": growth, "help": help_}  # fmt: skip
     versions = environment()
-    command = "python benchmarks/export_gguf.py"
-    write_results(
-        "export_gguf", {"environment": versions, "rows": rows}, as_text(rows, versions, command)
-    )
+    for name in arguments.part or PARTS:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            measured[name] = parts[name](Path(folder), arguments.runs)
+        rows = [row for part in PARTS for row in measured.get(part, [])]
+        command = "python benchmarks/export_gguf.py"
+        document = {"environment": versions, "parts": measured}
+        write_results("export_gguf", document, as_text(rows, versions, command))
+
+
+def last_results() -> dict[str, list[Row]]:
+    """Rows by part, as the last run left them."""
+    file = RESULTS / "export_gguf.json"
+    return json.loads(file.read_text())["parts"] if file.exists() else {}
 
 
 if __name__ == "__main__":

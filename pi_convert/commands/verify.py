@@ -33,7 +33,6 @@ class VerifyOptions:
     texts: tuple[Path, ...]
     max_kl: float | None
     max_ppl_increase: float | None
-    runtime: str
     device: Literal["cpu", "cuda"]
     threads: int | None
     ubatch: int
@@ -80,7 +79,8 @@ class VerifyOptions:
     "--runtime",
     type=click.Choice(("llama.cpp",)),
     default="llama.cpp",
-    help="What runs the artifact.",
+    expose_value=False,  # the one there is
+    help="What runs the artifact; GGUF files run in llama.cpp.",
 )
 @click.option(
     "--device",

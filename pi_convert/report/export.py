@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.checkpoint import Checkpoint
 from converters.targets.gguf import GgufArtifact, GgufPlan
@@ -13,7 +14,9 @@ from converters.targets.huggingface import FolderArtifact
 from pi_convert.report.console import size, table
 from pi_convert.report.rope import evidence_lines, rope_json, rope_text
 from pi_convert.report.runlines import run_lines, run_text
-from pi_convert.verify.verdict import Verdict
+
+if TYPE_CHECKING:  # loading the verdict loads all of verification
+    from pi_convert.verify.verdict import Verdict
 
 SCHEMA_VERSION = 1
 _NAMED = 3  # tensors named of many; --json has all

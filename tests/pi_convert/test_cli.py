@@ -66,6 +66,8 @@ def test_a_scale_that_is_none_is_wrong_use(
         ["export", "--to", "safetensors", "--scale", "8", "--quantize", "q4_k_m"],
         ["export", "--to", "gguf", "--scale", "8", "--dtype", "f16"],
         ["export", "--to", "gguf", "--scale", "8", "--verify", "quick", "--dry-run"],
+        ["export", "--to", "gguf", "--scale", "8", "--allow-requantize"],
+        ["export", "--to", "safetensors", "--scale", "8", "--threads", "2"],
         ["unknown"],
         ["verify"],
     ],
