@@ -1,6 +1,6 @@
 """Export to GGUF against llama.cpp's converter followed by llama_model_quantize.
 
-usage: python benchmarks/export_gguf.py [--runs N] [--part smollm2|tinyllama|three-types|growth|help]...
+usage: python benchmarks/export_gguf.py [--runs N] [--part PART]...
 Parts that are not run keep their last results.
 Same libggml, same run, interleaved; wall time and the largest process's peak memory, medians.
 """
@@ -78,12 +78,19 @@ def compare(model: Path, types: list[str], runs: int) -> Row:
             own.append(run(ours(model, out, types)))
             peer.append(run([c for name in types for c in theirs(model, out, name, threads)]))
     a, b = median(own), median(peer)
+    share = subprocess.run(
+        [PYTHON, str(Path(__file__).parent / "quantizer_share.py"), str(model), *types],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    seconds = json.loads(share.stdout)
     return {
         "types": types, "runs": runs, "peer_threads": threads,
         "ours_wall_s": round(a.wall_s, 2), "peer_wall_s": round(b.wall_s, 2),
         "ratio": round(a.wall_s / b.wall_s, 3),
         "ours_cpu_s": round(a.cpu_s, 2), "peer_cpu_s": round(b.cpu_s, 2),
         "ours_peak_mib": round(a.peak_mib), "peer_peak_mib": round(b.peak_mib),
+        "quantizer_cpu_s": round(seconds["quantizer_s"], 2),
+        "quantizer_share": round(seconds["quantizer_s"] / seconds["process_s"], 2),
     }  # fmt: skip
 
 
@@ -135,15 +142,15 @@ def as_text(rows: list[Row], versions: dict[str, str], command: str) -> str:
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in versions.items()]
-    lines += ["", "| work | types | ours | peer | ours / peer | our peak | peer's peak |",
-              "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines += ["", "| work | types | ours | peer | ours / peer | our peak | peer's peak | ggml's CPU |",
+              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for row in rows:
         if "ratio" in row:
             types = ", ".join(row["types"])  # type: ignore[arg-type]
             lines.append(
                 f"| {row['work']} | {types} | {row['ours_wall_s']} s | {row['peer_wall_s']} s"
                 f" ({row['peer_threads']} threads) | {row['ratio']} | {row['ours_peak_mib']} MiB"
-                f" | {row['peer_peak_mib']} MiB |"
+                f" | {row['peer_peak_mib']} MiB | {ggml_text(row)} |"
             )
     growth_rows = [row for row in rows if "s_per_billion" in row]
     if growth_rows:
@@ -158,6 +165,13 @@ def as_text(rows: list[Row], versions: dict[str, str], command: str) -> str:
             lines += ["", f"`pi-convert --help`: {row['ours_wall_s']} s;"
                       f" `python -c 'import click'`: {row['import_click_wall_s']} s"]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def ggml_text(row: Row) -> str:
+    """The quantizer's seconds and its share of all that the export computed."""
+    if "quantizer_share" not in row:
+        return "not measured"
+    return f"{row['quantizer_cpu_s']} s, {row['quantizer_share']:.0%} of ours"
 
 
 def main() -> None:

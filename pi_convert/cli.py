@@ -95,14 +95,19 @@ def run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except ConvertError as error:
-        click.echo(f"error: {error.message}", err=True)
+        _complain(f"error: {error.message}")
         if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+            _complain(f"hint: {error.hint}")
         return EXIT_FAILURE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     return result if isinstance(result, int) else 0
+
+
+def _complain(text: str) -> None:
+    encoding = sys.stderr.encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=True)
 
 
 def _interrupted() -> int:

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import click
 
-from pi_convert.commands.options import json_option
+from pi_convert.commands.options import PATH, json_option
 
 EXIT_WRONG = 3
 
 
 @click.command()
-@click.argument(
-    "file", metavar="FILE.gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@click.argument("file", metavar="FILE.gguf", type=PATH)
 @json_option
 @click.pass_context
 def command(context: click.Context, file: Path, as_json: bool) -> None:
@@ -24,10 +22,13 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
     note and what is wrong, with what to do about it. Exit 3 where anything is wrong. Whether the
     weights are right a header cannot show: `pi-convert verify` can.
     """
+    from converters.errors import SourceError
     from pi_convert.audit.rules import audit_path
     from pi_convert.report.audit import audit_json, audit_text
     from pi_convert.report.console import emit, emit_json
 
+    if not file.is_file():
+        raise SourceError(f"{file} is no file", hint="Give the path of a GGUF file.")
     audit = audit_path(file)
     if as_json:
         emit_json(audit_json(audit))

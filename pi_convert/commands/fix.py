@@ -16,9 +16,7 @@ from pi_convert.commands.options import (
 
 
 @click.command()
-@click.argument(
-    "file", metavar="FILE.gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@click.argument("file", metavar="FILE.gguf", type=PATH)
 @scale_option(
     required=True,
     help="The factor the file should have in all: a repair sets it, nothing is multiplied."

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
 
 import click
 
+from converters.errors import OutputError
 from converters.progress import Progress, silent
 
 _BAR_WIDTH = 24
@@ -19,14 +21,30 @@ _PLAIN_SECONDS = 10.0  # between two lines where stderr is no terminal
 
 
 def emit(text: str) -> None:
-    """Prints text to stdout; characters that its encoding lacks are written as '?'."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding))
+    """Prints text to stdout; characters that its encoding lacks are written as escapes.
+
+    Raises ``OutputError`` where stdout cannot be written, such as on a full disk.
+    """
+    try:
+        click.echo(printable(text, sys.stdout))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"stdout cannot be written: {error.strerror}", hint="Send it elsewhere."
+        ) from error
 
 
 def emit_json(value: object) -> None:
-    """Prints one JSON document to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Prints one JSON document to stdout; see ``emit``."""
+    emit(json.dumps(value, indent=2, allow_nan=False))
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """``text`` with what the stream's encoding lacks as escapes; a path may hold any bytes."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), indent: int = 2) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +35,18 @@ def run_lines(
     room = free * _MEMORY_SHARE - path.stat().st_size
     fitting = int(room / hparams.kv_cache_bytes(1)) // _CONTEXT_STEP * _CONTEXT_STEP
     chosen = min(context, max(fitting, _CONTEXT_STEP))
-    name = path.stem.lower()
+    # Ollama's names: lower case, digits, and . _ -
+    name = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-.") or "model"
+    file = shlex.quote(str(path))
+    resolved = shlex.quote(str(path.resolve()))
     return RunLines(
         context=chosen,
         kv_cache_bytes=hparams.kv_cache_bytes(chosen),
         fits_whole_context=chosen == context,
-        llama_cli=f"llama-cli -m {path} -c {chosen}",
-        llama_server=f"llama-server -m {path} -c {chosen}",
-        ollama=f"printf 'FROM {path.resolve()}\\nPARAMETER num_ctx {chosen}\\n' > Modelfile"
-        f" && ollama create {name} -f Modelfile && ollama run {name}",
+        llama_cli=f"llama-cli -m {file} -c {chosen}",
+        llama_server=f"llama-server -m {file} -c {chosen}",
+        ollama=f"printf 'FROM %s\\nPARAMETER num_ctx {chosen}\\n' {resolved}"
+        f" > Modelfile && ollama create {name} -f Modelfile && ollama run {name}",
     )
 
 

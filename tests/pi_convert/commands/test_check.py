@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.containers.gguf import read_gguf_file
-from converters.errors import ConvertError
+from converters.errors import ConvertError, SourceError
 from converters.rope import Llama3Scaling, RopeParameters
 from pi_convert.audit.description import describe_gguf
 from pi_convert.audit.findings import Severity
@@ -260,7 +260,8 @@ def test_exit_codes_and_text(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert "WRONG  rope.type.none-with-factor" in result.output
     assert f"pi-convert fix {wrong}" in " ".join(result.output.split())
-    assert CliRunner().invoke(command, [str(tmp_path / "nowhere.gguf")]).exit_code == 2
+    with pytest.raises(SourceError, match="no file"):
+        CliRunner().invoke(command, [str(tmp_path / "nowhere.gguf")], catch_exceptions=False)
 
 
 def test_json(tmp_path: Path) -> None:

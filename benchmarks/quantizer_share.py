@@ -1,0 +1,41 @@
+"""How much of an export's processor time is libggml's quantizer.
+
+usage: python benchmarks/quantizer_share.py MODEL TYPE...
+Prints seconds in ggml_quantize_chunk and of the whole process, over all threads, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from converters.sources import open_checkpoint
+from converters.targets.gguf import plan_gguf, write_gguf
+from converters.targets.gguf.ggml import Ggml
+
+
+def main(model: str, *types: str) -> None:
+    spent: list[float] = []  # appended by several threads
+    quantize = Ggml.quantize
+
+    def timed(self: Ggml, *arguments: Any) -> Any:
+        started = time.thread_time()
+        made = quantize(self, *arguments)
+        spent.append(time.thread_time() - started)
+        return made
+
+    Ggml.quantize = timed  # type: ignore[method-assign]
+    checkpoint = open_checkpoint(model).interpolate(8)
+    with tempfile.TemporaryDirectory(dir=Path(model).parent) as out:
+        write_gguf(checkpoint, plan_gguf(checkpoint, types), Path(out))
+    print(json.dumps({"quantizer_s": sum(spent), "process_s": time.process_time()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
