@@ -142,8 +142,17 @@ def as_text(rows: list[Row], versions: dict[str, str], command: str) -> str:
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in versions.items()]
-    lines += ["", "| work | types | ours | peer | ours / peer | our peak | peer's peak | ggml's CPU |",
-              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    heads = (
+        "work",
+        "types",
+        "ours",
+        "peer",
+        "ours / peer",
+        "our peak",
+        "peer's peak",
+        "ggml's CPU",
+    )
+    lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         if "ratio" in row:
             types = ", ".join(row["types"])  # type: ignore[arg-type]

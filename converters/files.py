@@ -1,19 +1,25 @@
 """Files that are whole or not there: a temporary sibling, fsync, rename; and hashing.
 
-At most one temporary output is left behind by a process that was killed; the next run removes it.
+The temporary sibling is locked while a run writes to it, so that a second run on the same output is
+refused. A process that was killed leaves at most one such sibling per output, and it leaves no
+lock; the next run removes it, and moves back what the killed one had just set aside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import OutputError
 
+_log = logging.getLogger(__name__)
 _SUFFIX = ".pi-convert-partial"
 _HASH_CHUNK_BYTES = 8 << 20
 
@@ -45,23 +51,24 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary sibling to write to; on success it is fsynced and becomes ``path``.
+    """An empty temporary sibling to write to; on success it is fsynced and becomes ``path``.
 
-    On any error, Ctrl-C included, the sibling is removed and what stood at ``path`` stays.
+    Write into the sibling, do not replace it: it carries the lock. On any error, Ctrl-C included,
+    it is removed and what stood at ``path`` stays. Raises ``OutputError`` where another run is
+    writing ``path``, and in place of an ``OSError`` that is about the output.
     """
-    refuse_existing(path, force=force)
-    partial = _prepare(path)
-    try:
+    with atomic_files([path], force=force) as (partial,):
         yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        _remove(partial)
-        raise _explain(error, path) from error
-    except BaseException:
-        _remove(partial)
-        raise
+
+
+@contextlib.contextmanager
+def atomic_files(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
+    """As ``atomic_file`` for several: either all of them get their names or none does."""
+    for path in paths:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder", hint="Give another --out.")
+    with _replacing([_Output(path, is_folder=False) for path in paths], force=force) as partials:
+        yield partials
 
 
 @contextlib.contextmanager
@@ -70,47 +77,190 @@ def atomic_folder(path: Path, *, force: bool) -> Iterator[Path]:
     refuse_existing(path, force=force)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file", hint="Give another --out.")
-    partial = _prepare(path)
-    try:
-        partial.mkdir()
+    with _replacing([_Output(path, is_folder=True)], force=force) as (partial,):
         yield partial
-        for file in partial.rglob("*"):
-            _sync(file)
-        _swap(partial, path)
-        _sync(path.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    path: Path
+    is_folder: bool
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}{_SUFFIX}")
+
+    @property
+    def replaced(self) -> Path:
+        """Where the old one waits until all outputs of the run have their names."""
+        return self.path.with_name(f".{self.path.name}.replaced{_SUFFIX}")
+
+
+@contextlib.contextmanager
+def _replacing(outputs: Sequence[_Output], *, force: bool) -> Iterator[list[Path]]:
+    for output in outputs:
+        refuse_existing(output.path, force=force)
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
+            stack.enter_context(_claimed(output))
+            refuse_existing(output.path, force=force)  # another run may just have finished it
+        try:
+            yield [output.partial for output in outputs]
+            for output in outputs:
+                _sync_all(output.partial)
+            _commit(outputs)
+        except OSError as error:
+            place = _place_of(error, outputs)
+            if place is None:
+                raise
+            raise _explain(error, place) from error
+        _settle(outputs)
+
+
+@contextlib.contextmanager
+def _claimed(output: _Output) -> Iterator[None]:
+    """The partial, empty and locked; removed at the end unless it has become the output."""
+    try:
+        output.path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.path.parent, os.W_OK):
+            raise OutputError(f"{output.path.parent} is not writable", hint="Give another --out.")
+        descriptor = _open_locked(output)
     except OSError as error:
-        _remove(partial)
-        raise _explain(error, path) from error
-    except BaseException:
-        _remove(partial)
-        raise
+        raise _explain(error, output.path) from error
+    try:
+        try:
+            _recover(output)
+            _empty(output.partial, descriptor)
+        except OSError as error:
+            raise _explain(error, output.path) from error
+        yield
+    finally:
+        try:
+            if _is_at(descriptor, output.partial):
+                _remove(output.partial)
+        except OSError as error:  # such as a disk that became read-only; the next run removes it
+            _log.warning("%s is left behind: %s", output.partial, error.strerror)
+        finally:
+            os.close(descriptor)
 
 
-def _swap(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
+def _open_locked(output: _Output) -> int:
+    while True:
+        if output.is_folder:
+            output.partial.mkdir(exist_ok=True)
+            flags = os.O_RDONLY | os.O_DIRECTORY
+        else:
+            flags = os.O_RDWR | os.O_CREAT
+        descriptor = os.open(output.partial, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            _lock(descriptor, output.path)
+            if _is_at(descriptor, output.partial):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # a run that has just ended renamed or removed it: open the next
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"another run is writing {path}", hint="Wait for it to end, or give another --out."
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        _log.warning("%s: no lock (%s); let no second run write it", path, error.strerror)
+
+
+def _recover(output: _Output) -> None:
+    """Clears up after a run that was killed amid its renames."""
+    if not os.path.lexists(output.replaced):
         return
-    old = path.with_name(f".{path.name}.replaced{_SUFFIX}")
-    _remove(old)
-    path.rename(old)
+    if not os.path.lexists(output.path):
+        output.replaced.rename(output.path)
+        return
+    descriptor = os.open(output.path, os.O_RDONLY)
     try:
-        partial.rename(path)
-    except OSError:
-        old.rename(path)
+        _lock(descriptor, output.path)  # held by a run that may still move the old one back
+    finally:
+        os.close(descriptor)
+    _remove(output.replaced)
+
+
+def _commit(outputs: Sequence[_Output]) -> None:
+    """Gives all outputs their names; on any error, Ctrl-C included, all old ones stay."""
+    replacing = {output for output in outputs if os.path.lexists(output.path)}
+    try:
+        for output in outputs:
+            # One file is replaced by one rename, so nothing needs to be set aside.
+            if output in replacing and (output.is_folder or len(outputs) > 1):
+                _set_aside(output)
+            output.partial.replace(output.path)
+    except BaseException as error:
+        stuck = [o for o in reversed(outputs) if not _rolled_back(o, had_old=o in replacing)]
+        if stuck:
+            raise OutputError(
+                f"{error!r}, and not moved back: "
+                + ", ".join(f"{o.replaced} to {o.path}" for o in stuck),
+                hint="Rename them by hand, or run again: the next run does it first.",
+            ) from error
         raise
-    _remove(old)
 
 
-def _prepare(path: Path) -> Path:
-    partial = path.with_name(f".{path.name}{_SUFFIX}")
+def _set_aside(output: _Output) -> None:
+    if not output.is_folder:
+        # A second name, so that there is no moment without a file at the path.
+        with contextlib.suppress(OSError):  # a file system without hard links
+            os.link(output.path, output.replaced, follow_symlinks=False)
+            return
+    output.path.rename(output.replaced)
+
+
+def _rolled_back(output: _Output, *, had_old: bool) -> bool:
+    """Puts the old one back, told by what is where: Ctrl-C may have come between any two steps."""
+    set_aside = os.path.lexists(output.replaced)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
+        if (set_aside or not had_old) and not os.path.lexists(output.partial):
+            output.path.rename(output.partial)
+        if set_aside:
+            output.replaced.replace(output.path)
+            output.replaced.unlink(missing_ok=True)  # stays where both were names of one file
+    except OSError:
+        return False
+    return True
+
+
+def _settle(outputs: Sequence[_Output]) -> None:
+    """Makes the new names durable, then drops the old files."""
+    try:
+        try:
+            for folder in {output.path.parent for output in outputs}:
+                _sync(folder)
+        finally:
+            for output in outputs:
+                _remove(output.replaced)
     except OSError as error:
-        raise _explain(error, path) from error
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path.parent} is not writable", hint="Give another --out.")
-    return partial
+        names = ", ".join(str(output.path) for output in outputs)
+        raise OutputError(
+            f"{names}: in place and whole, but the last step failed: {error.strerror or error}",
+            hint="Check the disk: a power cut may bring back what was there before.",
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _empty(partial: Path, descriptor: int) -> None:
+    if partial.is_dir():
+        for child in partial.iterdir():
+            _remove(child)
+    else:
+        os.ftruncate(descriptor, 0)
 
 
 def _remove(path: Path) -> None:
@@ -118,6 +268,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _sync_all(path: Path) -> None:
+    for file in (*path.rglob("*"), path):
+        _sync(file)
 
 
 def _sync(path: Path) -> None:
@@ -128,7 +283,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _place_of(error: OSError, outputs: Sequence[_Output]) -> Path | None:
+    """The output that an error is about; None for one of a source, a pipe or a library.
+
+    Errors of writing to a descriptor name no file; the sources name theirs, or raise
+    ``SourceError``.
+    """
+    if error.errno is None or isinstance(error, ConnectionError):
+        return None
+    if not isinstance(error.filename, str | os.PathLike):
+        return outputs[0].path if len(outputs) == 1 else outputs[0].path.parent
+    named = Path(error.filename).absolute()
+    for output in outputs:
+        path = output.path.absolute()
+        siblings = (output.partial.absolute(), output.replaced.absolute())
+        if named in (path, path.parent) or any(map(named.is_relative_to, siblings)):
+            return output.path
+    return None
+
+
 def _explain(error: OSError, path: Path) -> OutputError:
+    about = "" if error.filename in (None, str(path)) else f" ({error.filename})"
     return OutputError(
-        f"{path}: {error.strerror or error}", hint="Nothing was written; what was there is whole."
+        f"{path}: {error.strerror or error}{about}",
+        hint="Nothing was written; what was there is whole.",
     )

@@ -51,6 +51,8 @@ _KEYS: Mapping[str, tuple[str, str]] = {
 }
 NORM_EPS_KEYS = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
 _CONFIG, _GGUF = 0, 1
+# Llama 3.1 405B has 126. More than this is a lie, and listing its tensors would take all memory.
+MAX_LAYERS = 1000
 
 
 def read_config_hparams(
@@ -130,6 +132,9 @@ def _sizes(keys: Mapping[str, object], spelling: int, problems: list[str]) -> di
             sizes[field] = sizes["hidden_size"] // max(sizes["heads"], 1)
         else:
             sizes[field] = _whole(value, key, problems)
+    if sizes["layers"] > MAX_LAYERS:
+        key = _KEYS["layers"][spelling]
+        problems.append(f"{key} is {sizes['layers']}, expected at most {MAX_LAYERS}")
     if not problems and sizes["heads"] % sizes["kv_heads"]:
         problems.append(f"{sizes['heads']} heads do not divide among {sizes['kv_heads']} kv heads")
     if not problems and sizes["head_dim"] % 2:

@@ -17,6 +17,7 @@ from converters.errors import RopeError, UnsupportedError
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
 from converters.rope.parameters import Llama3Scaling, RopeParameters, ulp_distance
 
+MAX_INTEGER = 2**63 - 1  # beyond it a JSON number is no size of anything
 SUPPORTED_KINDS = ("default", "linear", "llama3")
 _REFUSED_HINTS = {
     "dynamic": "Dynamic NTK changes with the length of the input and no file can hold it;"
@@ -29,7 +30,6 @@ _KIND_KEYS = {
     "default": {"factor"},
     "linear": {"factor", "original_max_position_embeddings", "finetuned"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "longrope": {"factor", "short_factor", "long_factor", "original_max_position_embeddings"},
 }
 _RECORD = "pi_convert"  # our own config key: what a longrope spelling stands for
 
@@ -68,10 +68,15 @@ def read_config(config: Mapping[str, object], about: RopeContext) -> RopeParamet
     theta, evidence = _theta(config, blocks, about)
     factor = 1.0
     llama3 = None
+    if kind == "default" and (claimed := _claimed_factor(blocks, where)) != 1.0:
+        raise RopeError(
+            f"{where}: the RoPE type is default, but a factor of {claimed:g} is stated",
+            hint="Expected type linear, or no factor.",
+        )
     if kind == "linear":
         factor = _agreed(blocks, "factor", where, minimum=1.0)
     elif kind == "llama3":
-        llama3 = _llama3(blocks, where)
+        llama3 = _llama3(config, blocks, where)
     claims = _claims(config, blocks, about, kind)
     contexts = resolve_contexts(claims, factor, where)
     return RopeParameters(
@@ -232,6 +237,11 @@ def _agreed(
     return _one_value(stated, where, minimum=minimum)
 
 
+def _claimed_factor(blocks: Mapping[str, Mapping[str, object]], where: str) -> float:
+    stated = {f"{n}.factor": b["factor"] for n, b in blocks.items() if b.get("factor") is not None}
+    return _one_value(stated, where, minimum=1.0) if stated else 1.0
+
+
 def _one_value(stated: Mapping[str, object], where: str, *, minimum: float) -> float:
     values = {key: number(value, key, where, minimum=minimum) for key, value in stated.items()}
     if len(set(values.values())) > 1:
@@ -240,7 +250,9 @@ def _one_value(stated: Mapping[str, object], where: str, *, minimum: float) -> f
     return next(iter(values.values()))
 
 
-def _llama3(blocks: Mapping[str, Mapping[str, object]], where: str) -> Llama3Scaling:
+def _llama3(
+    config: Mapping[str, object], blocks: Mapping[str, Mapping[str, object]], where: str
+) -> Llama3Scaling:
     low = _agreed(blocks, "low_freq_factor", where, minimum=0.0)
     high = _agreed(blocks, "high_freq_factor", where, minimum=0.0)
     if not 0 < low < high:
@@ -249,6 +261,14 @@ def _llama3(blocks: Mapping[str, Mapping[str, object]], where: str) -> Llama3Sca
             hint="Expected 0 < low_freq_factor < high_freq_factor.",
         )
     original = _agreed(blocks, "original_max_position_embeddings", where, minimum=1.0)
+    top = whole(config, "original_max_position_embeddings", where)
+    if top is not None and top != original:
+        # transformers lets the one at the top win over the one in the formula.
+        raise RopeError(
+            f"{where}: original_max_position_embeddings is {top} at the top and {original:g}"
+            " inside",
+            hint="Remove the one that is wrong.",
+        )
     return Llama3Scaling(_agreed(blocks, "factor", where, minimum=1.0), low, high, int(original))
 
 
@@ -304,7 +324,7 @@ def _read_record(
     nested = record["llama3"]
     if not isinstance(nested, Mapping):
         raise RopeError(f"{where}: {_RECORD}.llama3 is {nested!r}", hint="Expected an object.")
-    llama3 = _llama3({f"{_RECORD}.llama3": nested}, where)
+    llama3 = _llama3({}, {f"{_RECORD}.llama3": nested}, where)
     factor = number(record.get("factor"), f"{_RECORD}.factor", where, minimum=1.0)
     theta, evidence = _theta(config, blocks, about)
     original = whole(config, "original_max_position_embeddings", where)
@@ -339,6 +359,8 @@ def number(value: object, key: str, where: str, *, minimum: float = 0.0) -> floa
     """``value`` as a float; ``RopeError`` unless it is finite and at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RopeError(f"{where}: {key} is {value!r}", hint="Expected a number.")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RopeError(f"{where}: {key} is too large", hint=f"Expected at most {MAX_INTEGER}.")
     if not isfinite(value) or value < minimum:
         raise RopeError(f"{where}: {key} is {value!r}", hint=f"Expected at least {minimum:g}.")
     return float(value)
@@ -352,6 +374,7 @@ def whole(config: Mapping[str, object], key: str, where: str) -> int | None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
+        or abs(value) > MAX_INTEGER
         or not isfinite(value)
         or value != int(value)
         or value < 1

@@ -47,9 +47,22 @@ class Contexts:
 _ROUNDING = 1e-6
 
 
+MAX_CONTEXT = 2**31 - 1  # llama.cpp's llama_pos is a signed 32-bit number
+
+
 def scaled_context(context_tokens: int, factor: float) -> int:
     """floor(context * factor), forgiving the last bits of a decimal factor."""
     return math.floor(context_tokens * factor + _ROUNDING)
+
+
+def extended_context(context_tokens: int, factor: float) -> int:
+    """``scaled_context``; ``RopeError`` for more positions than a runtime can count."""
+    if not context_tokens * factor <= MAX_CONTEXT:
+        raise RopeError(
+            f"a context of {context_tokens} tokens times {factor:g} is beyond {MAX_CONTEXT:,}",
+            hint="Give a smaller scale; positions are signed 32-bit numbers.",
+        )
+    return scaled_context(context_tokens, factor)
 
 
 def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contexts:
@@ -57,13 +70,17 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
 
     Raises ``RopeError`` where the claims contradict each other.
     """
+    for key, value in ((claims.max_position_key, claims.max_position),
+                       ("--original-context", claims.override or 1)):  # fmt: skip
+        if value > MAX_CONTEXT:
+            raise RopeError(f"{where}: {key} is {value}", hint=f"Expected at most {MAX_CONTEXT:,}.")
     if claims.override is not None:
         return _from_original(claims, claims.override, "--original-context", factor, where)
     if factor == 1.0:
         return _unscaled(claims)
     if claims.original is not None:
         return _from_original(claims, claims.original, claims.original_key, factor, where)
-    if claims.hint is not None and claims.hint == scaled_context(claims.max_position, factor):
+    if claims.hint is not None and claims.hint == extended_context(claims.max_position, factor):
         return Contexts(
             claims.max_position,
             claims.hint,
@@ -98,7 +115,7 @@ def _unscaled(claims: ContextClaims) -> Contexts:
 def _from_original(
     claims: ContextClaims, original: int, key: str, factor: float, where: str
 ) -> Contexts:
-    full = scaled_context(original, factor)
+    full = extended_context(original, factor)
     stated = claims.max_position
     if factor == 1.0:
         # An override below max_position: the model is good to L only, whatever it claims.

@@ -77,19 +77,18 @@ def effective_rope(
             f"{where}: {TYPE_KEY} is {kind!r}, on which llama.cpp aborts",
             hint=f"Expected one of {', '.join(KNOWN_TYPES)}.",
         )
-    stored = _optional(keys, FACTOR_KEY, where)
-    if stored is None:
-        stored = _optional(keys, LEGACY_FACTOR_KEY, where)
+    factor_key = FACTOR_KEY if FACTOR_KEY in keys else LEGACY_FACTOR_KEY
+    stored = _optional(keys, factor_key, where)
     context = whole(keys, CONTEXT_KEY, where)
     if context is None:
         raise RopeError(f"{where}: {CONTEXT_KEY} is missing", hint="llama.cpp cannot load it.")
     return EffectiveRope(
-        theta=_optional(keys, THETA_KEY, where) or LLAMA_CPP_DEFAULT_THETA,
+        theta=_positive(keys, THETA_KEY, LLAMA_CPP_DEFAULT_THETA, where),
         rotary_dim=whole(keys, DIMENSION_KEY, where) or rotary_dim,
         type=kind,
         factor=1.0 if kind == "none" else stored or 1.0,
         stored_factor=stored,
-        attention_factor=_optional(keys, ATTENTION_KEY, where) or 1.0,
+        attention_factor=_positive(keys, ATTENTION_KEY, 1.0, where),
         divisors=divisors,
         context=context,
         original_context=whole(keys, ORIGINAL_KEY, where),
@@ -167,8 +166,16 @@ def write_gguf(rope: RopeParameters) -> dict[str, str | int | float]:
     return keys
 
 
+def _positive(keys: Mapping[str, object], key: str, default: float, where: str) -> float:
+    """A number above 0, ``default`` where the key is absent; llama.cpp would compute with a 0."""
+    value = number(keys.get(key, default), key, where)
+    if value <= 0:
+        raise RopeError(f"{where}: {key} is {value:g}", hint="Expected a number above 0.")
+    return value
+
+
 def _optional(keys: Mapping[str, object], key: str, where: str) -> float | None:
-    """A number, None where the key is absent or 0, which llama.cpp takes as not set."""
+    """A factor, None where the key is absent or 0, which llama.cpp takes as not set."""
     return number(keys[key], key, where) or None if key in keys else None
 
 

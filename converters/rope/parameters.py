@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import RopeError
-from converters.rope.contexts import Evidence, scaled_context
+from converters.rope.contexts import Evidence, extended_context
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class RopeParameters:
             )
         factor = self.factor * scale
         return dataclasses.replace(
-            self, factor=factor, context=max(self.context, scaled_context(self.context, scale))
+            self, factor=factor, context=max(self.context, extended_context(self.context, scale))
         )
 
     def unscaled(self) -> RopeParameters:

@@ -55,6 +55,26 @@ class FolderArtifact:
     size_bytes: int
 
 
+def require_replaceable(out: Path, checkpoint: Checkpoint) -> None:
+    """Raises ``OutputError`` where replacing the folder ``out`` would lose more than an export."""
+    if not out.is_dir():
+        return
+    if out.resolve() == checkpoint.origin.path.resolve():
+        raise OutputError(f"{out} is the source itself", hint="Give another --out.")
+    strange = sorted(p.name for p in out.iterdir() if not _belongs_to_checkpoint(p))
+    if strange:
+        raise OutputError(
+            f"{out} holds other things than a checkpoint: {', '.join(strange[:5])}",
+            hint="Move them away, or give another --out: --force replaces the whole folder.",
+        )
+
+
+def _belongs_to_checkpoint(path: Path) -> bool:
+    suffixes = {".json", ".safetensors", ".jinja", ".model"}
+    named = path.name in ("README.md", "merges.txt") or path.name.startswith("LICENSE")
+    return path.is_file() and (named or path.suffix in suffixes)
+
+
 def write_folder(
     checkpoint: Checkpoint,
     out: Path,
@@ -72,6 +92,7 @@ def write_folder(
     """
     if dtype is not None and dtype not in DTYPES:
         raise OutputError(f"dtype {dtype!r}", hint=f"Expected one of {', '.join(DTYPES)}.")
+    require_replaceable(out, checkpoint)
     chosen = ENCODINGS[dtype] if dtype else None
     stored = [StoredTensor(t, _encoding(t.encoding, chosen, checkpoint)) for t in
               checkpoint.tensors.values()]  # fmt: skip

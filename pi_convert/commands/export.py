@@ -104,11 +104,12 @@ def command(
     _check_usage(options)
     from converters.sources import open_checkpoint
     from pi_convert.defaults import resolve_model
+    from pi_convert.report.console import emit
 
     started = time.monotonic()
     resolved = resolve_model(model)
     if not options.as_json:
-        click.echo(resolved.announcement)
+        emit(resolved.announcement)
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
@@ -122,6 +123,10 @@ def _check_usage(options: ExportOptions) -> None:
         raise click.UsageError(
             f"--dtype is for --to safetensors; for a GGUF file give --quantize {options.dtype}."
         )
+    if options.allow_requantize and not options.quantize:
+        raise click.UsageError("--allow-requantize goes with --quantize TYPE.")
+    if options.threads and "gguf" not in options.targets:
+        raise click.UsageError("--threads is for --to gguf; a safetensors folder is copied.")
     if options.verify and "gguf" not in options.targets:
         raise click.UsageError("--verify proves GGUF files; add --to gguf.")
     if options.verify and options.dry_run:
@@ -149,6 +154,7 @@ def _export(
         else:
             emit(dry_run_text(report))
         return 0
+    _refuse_existing(report, options)
     with progress() as tell:
         report = _write(report, options, tell)
     return _finish(replace(report, seconds=time.monotonic() - started), options)
@@ -164,6 +170,18 @@ def _plans(checkpoint: Checkpoint, options: ExportOptions) -> tuple[GgufPlan, ..
 
 def _folder(options: ExportOptions, checkpoint: Checkpoint) -> Path | None:
     return options.out / checkpoint.artifact_name if "safetensors" in options.targets else None
+
+
+def _refuse_existing(report: ExportReport, options: ExportOptions) -> None:
+    """Asks for every target before the first is written, so that none is left without the rest."""
+    from converters.files import refuse_existing
+    from converters.targets.huggingface import require_replaceable
+
+    for plan in report.plans:
+        refuse_existing(options.out / plan.file_name, force=options.force)
+    if report.folder is not None:
+        refuse_existing(report.folder, force=options.force)
+        require_replaceable(report.folder, report.checkpoint)
 
 
 def _write(report: ExportReport, options: ExportOptions, tell: Progress) -> ExportReport:
@@ -204,12 +222,17 @@ def _finish(report: ExportReport, options: ExportOptions) -> int:
 def _verify(report: ExportReport, options: ExportOptions) -> tuple[Verdict, ...]:
     from pi_convert.report.console import emit, progress
     from pi_convert.report.verdict import verdict_text
+    from pi_convert.runtimes.llamacpp import LlamaCppOptions
     from pi_convert.verify import VerifyRequest, verify
 
     verdicts = []
     for gguf in report.ggufs:
         request = VerifyRequest(
-            gguf.path, report.source, report.scale, preset=cast(Preset, options.verify)
+            gguf.path,
+            report.source,
+            report.scale,
+            preset=cast(Preset, options.verify),
+            llamacpp=LlamaCppOptions(threads=options.threads),
         )
         with progress() as tell:
             verdicts.append(verify(request, tell))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pi_convert.report.console import table
 from pi_convert.verify.verdict import Control, LinkResult, Outcome, Status, Verdict
 
+_EXACT = 1e15  # whole numbers below this are written out
 _OUTCOMES = {
     Outcome.PROVEN: "PROVEN",
     Outcome.NOT_PROVEN: "NOT PROVEN",
@@ -60,8 +61,8 @@ def number_text(value: float | str) -> str:
     """A measured number in as many digits as a person needs."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or (abs(value) < _EXACT and value.is_integer()):
+        return f"{int(value):,}"
     return f"{value:.3g}"
 
 

@@ -49,6 +49,8 @@ def _result(
         findings += [_sentence(mismatch) for mismatch in comparison.mismatches[:_SHOWN]]
     else:
         notes += [f"{difference}; the ids are the same" for difference in splitting]
+    if stored.chat_template is None and expected.chat_template is not None:
+        notes.append("the source's chat template is missing")
     measures: dict[str, float | int | str] = {
         "tokens compared": comparison.tokens,
         "texts": sum(comparison.cases.values()),
@@ -81,6 +83,9 @@ def _special_findings(
         found = resolved.get(name) if name in ("bos", "eos") else stored.special_ids.get(name)
         if found is not None and found != token_id:
             yield f"the {name} token is {found}, the source's is {token_id}"
+    for name in ("eot", "eom"):  # llama.cpp ends a generation at them
+        if name in stored.special_ids and name not in expected.special_ids:
+            yield f"the {name} token is {stored.special_ids[name]}, the source has none"
     for name in ("add_bos", "add_eos"):
         found_flag, expected_flag = getattr(stored, name), getattr(expected, name)
         if None not in (found_flag, expected_flag) and found_flag != expected_flag:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from converters.errors import OutputError
-from converters.files import atomic_file, atomic_folder, require_free_space, sha256_file
+from converters.files import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    require_free_space,
+    sha256_file,
+)
 
 
 def partials(folder: Path) -> list[str]:
@@ -52,15 +58,49 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_leaves_one_partial_which_the_next_removes(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     target = tmp_path / "x.gguf"
-    context = atomic_file(target, force=False)
-    context.__enter__().write_bytes(b"half")  # never left: as after SIGKILL
-    assert len(partials(tmp_path)) == 1
+    (tmp_path / ".x.gguf.pi-convert-partial").write_bytes(b"half")  # the lock died with the run
     with atomic_file(target, force=False) as partial:
-        assert not partial.exists()
+        assert partial.read_bytes() == b""
         partial.write_bytes(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_second_run_on_one_output_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "x.gguf"
+    with atomic_file(target, force=False) as partial:
+        partial.write_bytes(b"first")
+        with pytest.raises(OutputError, match="another run"), atomic_file(target, force=True):
+            pytest.fail("the body ran")
+    assert target.read_bytes() == b"first"
+
+
+def test_all_outputs_of_a_run_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    paths[0].write_bytes(b"old")
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if Path(target) == paths[1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OutputError), atomic_files(paths, force=True) as partials:
+        for partial in partials:
+            partial.write_bytes(b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert paths[0].read_bytes() == b"old"
+
+
+def test_a_folder_set_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".m.replaced.pi-convert-partial"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    with pytest.raises(ValueError, match="stop"), atomic_folder(tmp_path / "m", force=True):
+        raise ValueError("stop")
+    assert (tmp_path / "m" / "old").read_text() == "old"
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:

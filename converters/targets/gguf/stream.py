@@ -139,7 +139,7 @@ class Stream:
             if wanted not in made:
                 made[wanted] = self._quantized(made, output.source, wanted)
             rows = made[wanted]
-            _write(
+            write_all(
                 target.descriptor, rows, target.offsets[output.name] + chunk.start * rows.shape[1]
             )
         with self._lock:
@@ -204,7 +204,8 @@ def _decode(ggml: Ggml, raw: Raw, encoding: Encoding) -> Floats:
     return decode_f32(raw, encoding) if encoding.name == "f64" else ggml.dequantize(encoding, raw)
 
 
-def _write(descriptor: int, raw: Raw, offset: int) -> None:
+def write_all(descriptor: int, raw: Raw, offset: int) -> None:
+    """Writes all of ``raw`` at ``offset``; one ``pwrite`` may take only a part."""
     view = np.ascontiguousarray(raw).data.cast("B")
     while view:
         count = os.pwrite(descriptor, view, offset)

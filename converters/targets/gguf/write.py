@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from converters.checkpoint import Checkpoint
 from converters.containers.gguf_header import Layout
-from converters.files import atomic_file, refuse_existing, require_free_space, sha256_file
+from converters.files import atomic_files, refuse_existing, require_free_space, sha256_file
 from converters.progress import Progress, silent
 from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.plan import GgufPlan
 from converters.targets.gguf.readback import check_file
-from converters.targets.gguf.stream import Stream, Target, default_threads
+from converters.targets.gguf.stream import Stream, Target, default_threads, write_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,8 @@ def write_gguf(
 
     The bytes depend on the source and on the build of ggml alone, not on ``threads``. Before a file
     gets its name it is read back and its RoPE compared. Raises ``OutputError`` where a file exists
-    (without ``force``), does not fit or was written wrong, and ``TensorError`` for weights that are
-    not finite; then no file of the run is left behind.
+    (without ``force``), is being written by another run, does not fit or was written wrong, and
+    ``TensorError`` for weights that are not finite; then no file of the run is left behind.
     """
     if not plans:
         return ()
@@ -53,9 +55,7 @@ def write_gguf(
     for path in paths:
         refuse_existing(path, force=force)
     require_free_space(_nearest_folder(out), sum(plan.size_bytes for plan in plans))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_no_empty_folder_left(out))
-        partials = [stack.enter_context(atomic_file(path, force=force)) for path in paths]
+    with _no_empty_folder_left(out), atomic_files(paths, force=force) as partials:
         layouts = _write_data(
             checkpoint,
             plans,
@@ -92,7 +92,7 @@ def _write_data(
         # The header comes last: until then the file has no magic number and nothing loads it.
         layouts = [plan.layout(source_hash) for plan in plans]
         for target, layout in zip(targets, layouts, strict=True):
-            os.pwrite(target.descriptor, layout.header, 0)
+            write_all(target.descriptor, np.frombuffer(layout.header, np.uint8), 0)
     return layouts
 
 
@@ -111,7 +111,7 @@ def _no_empty_folder_left(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _descriptor(path: Path, size_bytes: int) -> Iterator[int]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.ftruncate(descriptor, size_bytes)
         yield descriptor

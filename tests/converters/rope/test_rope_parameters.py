@@ -217,3 +217,38 @@ def test_type_none_with_a_factor_is_refused() -> None:
     keys = {"context_length": 16384, "rope.scaling.type": "none", "rope.scaling.factor": 8.0}
     with pytest.raises(RopeError, match="factor of 8 is stored"):
         read_gguf(keys, None, rotary_dim=128, original_context=None, where="x.gguf")
+
+
+def test_llama3s_original_context_at_the_top_wins_in_transformers(tmp_path: Path) -> None:
+    """The oracle for refusing two different ones: transformers takes the one at the top."""
+    keys = {k: v for k, v in write_config(ROPES[2]).items() if v is not None}
+    with pytest.raises(RopeError, match="4096 at the top and 8192 inside"):
+        read_config({**keys, "original_max_position_embeddings": 4096}, RopeContext("c", 128))
+    same = {**keys, "original_max_position_embeddings": 8192}
+    assert read_config(same, RopeContext("c", 128)).llama3 == LLAMA31
+
+
+@pytest.mark.parametrize("factor", [8.0, "8"])
+def test_a_default_type_with_a_factor_is_a_contradiction(factor: object) -> None:
+    block = {"rope_type": "default", "factor": factor}
+    config = {"max_position_embeddings": 8192, "rope_theta": 1e4, "rope_scaling": block}
+    with pytest.raises(RopeError, match="factor"):
+        read_config(config, RopeContext("config.json", 128))
+    config["rope_scaling"] = {"rope_type": "default", "factor": 1.0}
+    assert read_config(config, RopeContext("config.json", 128)).kind == "default"
+
+
+@pytest.mark.parametrize("scale", [1e9, 1e30, 1e300])
+def test_a_context_beyond_32_bits_is_refused(scale: float) -> None:
+    with pytest.raises(RopeError, match="beyond"):
+        RopeParameters(10000.0, 64, 2048, 2048).interpolate(scale)
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base", "rope.scaling.attn_factor"])
+def test_a_stored_zero_is_no_default(key: str) -> None:
+    # llama.cpp computes with it; only the scaling factor's 0 means "not set" there.
+    keys = {"context_length": 16384, key: 0.0}
+    with pytest.raises(RopeError, match=f"{key} is 0"):
+        effective_rope(keys, None, rotary_dim=128, where="x.gguf")
+    keys = {"context_length": 16384, "rope.scaling.factor": 0.0, "rope.scale_linear": 4.0}
+    assert effective_rope(keys, None, rotary_dim=128, where="x.gguf").factor == 1.0

@@ -158,3 +158,19 @@ def test_the_context_of_the_run_lines_fits_the_memory(tmp_path: Path) -> None:
     assert lines.kv_cache_bytes == 9 * 1024 * a_token
     assert "-c 9216" in lines.llama_cli
     assert run_lines(file, hparams, 4096, memory_bytes=memory).fits_whole_context
+
+
+def test_force_replaces_an_export_and_nothing_else(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--to", "safetensors", "--scale", "8", "--out", str(tmp_path), "--force"]
+    assert cli.run(["export", str(model), *words]) == 0
+    assert cli.run(["export", str(model), *words]) == 0
+    (tmp_path / "Tiny-Model-PI8" / "notes.txt").write_text("mine")
+    assert cli.run(["export", str(model), "--to", "gguf", *words]) == 1
+    assert "notes.txt" in capfd.readouterr().err
+    assert (tmp_path / "Tiny-Model-PI8" / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("*.gguf"))
+    onto_itself = ["--to", "safetensors", "--scale", "1", "--out", str(tmp_path), "--force"]
+    assert cli.run(["export", str(model), *onto_itself]) == 1
+    assert "the source itself" in capfd.readouterr().err
