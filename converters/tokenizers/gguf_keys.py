@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
 
 from converters.errors import TokenizerError, UnsupportedError
+from converters.tokenizers.pretokenizers import known_pre_tokenizers, pre_tokenizer_named
 from converters.tokenizers.vocabulary import TokenType, Vocabulary, VocabularyKind
 
 _MODEL = "tokenizer.ggml.model"
@@ -170,6 +171,10 @@ class _Reader:
                 f"{_PRE} is {value!r}: the splitting of a BPE tokenizer must be named"
             )
             return ""
+        if pre_tokenizer_named(value) is None:
+            self._problems.append(
+                f"{_PRE} is {value!r}, expected one of {', '.join(known_pre_tokenizers())}"
+            )
         return value
 
     def _types(self, size: int) -> tuple[TokenType, ...]:

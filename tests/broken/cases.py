@@ -292,6 +292,8 @@ CASES = (
     Case("GGUF with yarn", _gguf(llama__rope__scaling__type="yarn"), ("yarn",)),
     Case("GGUF with a string factor", _gguf(llama__rope__scaling__factor="8"),
          ("rope.scaling.factor is '8'",)),
+    Case("GGUF with an unknown pre-tokenizer", _gguf(tokenizer__ggml__pre="nonsense"),
+         ("tokenizer.ggml.pre is 'nonsense'",)),
     Case("GGUF part of several", _gguf(split__count=2), ("one of 2 parts",)),
     # References
     Case("nothing there", lambda folder: str(folder / "nowhere"), ("no such folder or file",)),

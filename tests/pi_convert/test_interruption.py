@@ -55,12 +55,26 @@ def start_and_signal(model: Path, out: Path, sent: signal.Signals) -> subprocess
         command(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not partials(out):
+    while not any(path.stat().st_size for path in partials(out)):  # until data are being written
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(sent)
     return process
+
+
+def tmpfs(folder: Path, options: str) -> tuple[str, str]:
+    """The unshare program, and a command for its shell that puts a small disk at ``folder``."""
+    unshare = shutil.which("unshare")
+    mount = f"mount -t tmpfs -o {options} tmpfs {folder}"
+    if (
+        unshare is None
+        or subprocess.run(
+            [unshare, "-rm", "sh", "-c", mount], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("unshare -rm with a tmpfs is refused here")
+    return unshare, mount
 
 
 def test_ctrl_c_leaves_the_old_file_and_nothing_else(model: Path, tmp_path: Path) -> None:
@@ -85,7 +99,7 @@ def test_sigkill_leaves_one_partial_that_the_next_run_removes(model: Path, tmp_p
     assert partials(tmp_path) == []
 
 
-def test_a_write_that_fails_midway_is_one_clear_error(model: Path, tmp_path: Path) -> None:
+def test_a_limit_on_the_file_size_is_one_clear_error(model: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(OLD)
 
     def limit_file_size() -> None:
@@ -104,15 +118,7 @@ def test_a_write_that_fails_midway_is_one_clear_error(model: Path, tmp_path: Pat
 
 
 def test_a_full_disk_is_found_before_any_work(model: Path, tmp_path: Path) -> None:
-    unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
-    if (
-        unshare is None
-        or subprocess.run(
-            [unshare, "-rm", "sh", "-c", mount], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("unshare -rm with a tmpfs is refused here")
+    unshare, mount = tmpfs(tmp_path, "size=1m")
     script = f"{mount} && {' '.join(command(model, tmp_path))}; echo exit $?; ls -A {tmp_path}"
     done = subprocess.run(
         [unshare, "-rm", "sh", "-c", script], capture_output=True, text=True, check=False,
@@ -123,16 +129,92 @@ def test_a_full_disk_is_found_before_any_work(model: Path, tmp_path: Path) -> No
     assert "MiB free" in done.stderr
 
 
+FILL_WHILE_WRITING = """
+import shutil, sys
+from pathlib import Path
+from converters.errors import OutputError
+from converters.sources import open_checkpoint
+from converters.targets.gguf import plan_gguf, write_gguf
+from converters.targets.huggingface import write_folder
+
+out = Path(sys.argv[2])
+(out / "old.gguf").write_bytes(b"the old file")
+
+def fill(stage, done, total):
+    if not (out / "filler").exists():
+        with (out / "filler").open("wb", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError:
+                print("filled after", done, "of", total)
+
+checkpoint = open_checkpoint(sys.argv[1]).interpolate(8.0)
+try:
+    if sys.argv[3] == "gguf":
+        plans = plan_gguf(checkpoint, ["f16", "q8_0"], allow_requantize=True)
+        write_gguf(checkpoint, plans, out, threads=2, progress=fill)
+    else:
+        write_folder(checkpoint, out / "folder", progress=fill)
+except OutputError as error:
+    print("refused:", error)
+print("left:", sorted(path.name for path in out.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+def test_a_disk_that_fills_up_during_the_run_is_one_clear_error(
+    model: Path, tmp_path: Path, target: str
+) -> None:
+    unshare, mount = tmpfs(tmp_path, "size=200m")
+    done = subprocess.run(
+        [unshare, "-rm", "sh", "-c", mount + ' && exec "$@"', "sh",
+         sys.executable, "-c", FILL_WHILE_WRITING, str(model), str(tmp_path), target],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "filled after" in done.stdout, done.stderr  # there was room when the run began
+    assert "No space left on device" in done.stdout, done.stdout + done.stderr
+    assert "Nothing was written" in done.stdout
+    assert "left: ['filler', 'old.gguf']" in done.stdout
+
+
+def test_a_second_run_on_the_same_output_is_refused(model: Path, tmp_path: Path) -> None:
+    first = start_and_signal(model, tmp_path, signal.SIGSTOP)
+    try:
+        second = subprocess.run(
+            command(model, tmp_path), capture_output=True, text=True, check=False
+        )
+    finally:
+        first.send_signal(signal.SIGCONT)
+    _, error = first.communicate(timeout=60)
+    assert (second.returncode, first.returncode) == (1, 0), second.stderr + error
+    assert "another run is writing" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert (tmp_path / NAME).read_bytes()[:4] == b"GGUF"
+    assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("standing", ["gguf", "safetensors"])
+def test_no_target_is_written_where_another_exists(
+    model: Path, tmp_path: Path, standing: str
+) -> None:
+    both = [part for part in command(model, tmp_path, "--to", "safetensors") if part != "--force"]
+    subprocess.run(both, check=True, capture_output=True)
+    for path in list(tmp_path.iterdir()):
+        if path.is_dir() and standing == "gguf":
+            shutil.rmtree(path)
+        elif path.is_file() and standing == "safetensors":
+            path.unlink()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(before) == 1
+    done = subprocess.run(both, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "exists" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_read_only_folder_is_one_clear_error(model: Path, tmp_path: Path) -> None:
-    unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o ro tmpfs {tmp_path}"
-    if (
-        unshare is None
-        or subprocess.run(
-            [unshare, "-rm", "sh", "-c", mount], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("unshare -rm with a tmpfs is refused here")
+    unshare, mount = tmpfs(tmp_path, "ro")
     done = subprocess.run(
         [unshare, "-rm", "sh", "-c", f"{mount} && {' '.join(command(model, tmp_path))}"],
         capture_output=True, text=True, check=False,
