@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from converters import files
 from converters.errors import OutputError
 from converters.files import (
     atomic_file,
@@ -16,6 +21,33 @@ from converters.files import (
     require_free_space,
     sha256_file,
 )
+
+WRITE_WHEN_STDIN_ENDS = """
+import sys
+from pathlib import Path
+from converters import files
+with getattr(files, sys.argv[1])(Path(sys.argv[2]), force=True) as partial:
+    file = partial / "x" if partial.is_dir() else partial
+    file.write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+    file.write_bytes(b"whole")
+"""
+
+
+def another_run(kind: str, target: Path) -> subprocess.Popen[str]:
+    """A process that is in the midst of writing ``target``; it ends when its stdin does."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", WRITE_WHEN_STDIN_ENDS, kind, str(target)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert run.stdout.readline() == "writing\n"
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 def partials(folder: Path) -> list[str]:
@@ -115,6 +147,178 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         (partial / "new").write_text("new")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
+def test_a_second_process_is_refused_and_harms_nothing(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    run = another_run(kind, target)
+    refused = pytest.raises(OutputError, match=f"another run is writing {target}")
+    with refused as error, getattr(files, kind)(target, force=True):
+        pytest.fail("the body ran")
+    assert "--out" in error.value.hint
+    assert len(partials(tmp_path)) == 1  # the first run's
+    run.communicate()
+    assert run.returncode == 0
+    assert (target if kind == "atomic_file" else target / "x").read_text() == "whole"
+    assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
+def test_the_lock_dies_with_a_killed_process(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    run = another_run(kind, target)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert len(partials(tmp_path)) == 1
+    with getattr(files, kind)(target, force=False) as partial:
+        assert (list(partial.iterdir()) if partial.is_dir() else partial.read_text()) in ([], "")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_another_run_finished_meanwhile_needs_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x.gguf"
+    monkeypatch.setattr(files, "_lock", lambda descriptor, path: path.write_text("theirs"))
+    with pytest.raises(OutputError, match="exists"), atomic_file(target, force=False):
+        pytest.fail("the body ran")
+    assert contents(tmp_path) == {"x.gguf": "theirs"}
+
+
+def fail_at_rename(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException, *, after: bool
+) -> None:
+    """The rename of that number raises ``error``, before or after it was done."""
+    count = 0
+
+    def wrapped(real: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def rename(self: Path, target: Path) -> Path:
+            nonlocal count
+            count += 1
+            if count != number:
+                return real(self, target)
+            if after:
+                real(self, target)
+            raise error
+
+        return rename
+
+    monkeypatch.setattr(Path, "rename", wrapped(Path.rename))
+    monkeypatch.setattr(Path, "replace", wrapped(Path.replace))
+
+
+FAILURES = {
+    "ctrl-c": (KeyboardInterrupt(), KeyboardInterrupt),
+    "error": (OSError(errno.EIO, os.strerror(errno.EIO)), OutputError),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_a_failure_at_any_rename_keeps_every_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, failure: str, after: bool,
+    links: bool,
+) -> None:  # fmt: skip
+    old = {"a": "old a", "c": "old c"}  # nothing at b
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *a, **k: Path("/nowhere").stat())
+    error, expected = FAILURES[failure]
+    with pytest.raises(expected), atomic_files([tmp_path / n for n in "abc"], force=True) as made:
+        for partial in made:
+            partial.write_text("new")
+        fail_at_rename(monkeypatch, number, error, after=after)
+    assert contents(tmp_path) == old
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_in_the_swap_of_folders_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, failure: str, after: bool
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "x").write_text("old")
+    error, expected = FAILURES[failure]
+    with pytest.raises(expected), atomic_folder(target, force=True) as partial:
+        (partial / "x").write_text("new")
+        fail_at_rename(monkeypatch, number, error, after=after)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert contents(target) == {"x": "old"}
+
+
+def test_several_files_appear_together(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with atomic_files([tmp_path / "a", tmp_path / "b"], force=True) as made:
+        for partial in made:
+            partial.write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert contents(tmp_path) == {"a": "new", "b": "new"}
+
+
+def test_what_a_killed_run_had_replaced_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("new")
+    (tmp_path / ".x.replaced.pi-convert-partial").write_text("old")
+    with atomic_file(tmp_path / "x", force=True) as partial:
+        partial.write_text("newer")
+    assert contents(tmp_path) == {"x": "newer"}
+
+
+def test_a_rollback_that_fails_says_where_the_old_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    aside = tmp_path / ".model.replaced.pi-convert-partial"
+    error, expected = FAILURES["error"]
+    with (
+        pytest.raises(expected, match="not moved back") as raised,
+        atomic_folder(target, force=True),
+    ):
+        fail_at_rename(monkeypatch, 2, error, after=False)
+        monkeypatch.setattr(files, "_rolled_back", lambda output, had_old: False)
+    assert str(aside) in str(raised.value)
+    assert "Nothing was written" not in str(raised.value)
+    assert aside.is_dir()
+
+
+def test_fsync_failing_after_the_rename_says_that_the_file_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = files._sync
+
+    def fail_for_the_folder(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", fail_for_the_folder)
+    in_place = pytest.raises(OutputError, match="in place and whole")
+    with in_place as error, atomic_file(tmp_path / "x", force=False) as partial:
+        partial.write_text("new")
+    assert "Nothing was written" not in str(error.value)
+    assert contents(tmp_path) == {"x": "new"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/source.safetensors"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError("libggml.so: cannot open shared object file"),
+    ],
+    ids=["source", "pipe", "library"],
+)
+def test_an_error_of_something_else_is_raised_as_it_is(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(OSError) as raised, atomic_file(tmp_path / "x", force=False):  # noqa: PT011
+        raise error
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_free_space_is_asked_first(tmp_path: Path) -> None:
