@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 
 from converters.errors import SourceError
 
@@ -154,8 +154,7 @@ def _positive(value: object, key: str, problems: list[str]) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not isfinite(value)
-        or value <= 0
+        or not 0 < value <= float_info.max
     ):
         found = "missing" if value is None else f"{value!r}"
         problems.append(f"{key} is {found}, expected a positive number")

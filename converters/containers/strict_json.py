@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from converters.errors import SourceError
 
 # The largest are tokenizer.json and shard indices: tens of MB.
 MAX_JSON_BYTES = 256 << 20
+_MAX_DEPTH = 64  # tokenizer.json has about 10
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, object]:
@@ -18,9 +21,9 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            raise SourceError(f"{where}: {', '.join(repeated)} stands twice", hint=hint)
+            counts = Counter(name for name, _ in pairs)
+            repeated = sorted(name for name, count in counts.items() if count > 1)
+            raise SourceError(f"{where}: {', '.join(repeated[:8])} stands twice", hint=hint)
         return found
 
     def not_a_number(constant: str) -> object:
@@ -33,7 +36,24 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise SourceError(f"{where}: expected a JSON object, found a {kind}", hint=hint)
+    if _is_deeper_than(_MAX_DEPTH, value):
+        raise SourceError(f"{where}: nested deeper than {_MAX_DEPTH} levels", hint=hint)
     return value
+
+
+def _is_deeper_than(depth: int, value: object) -> bool:
+    """Level by level, since what reads the value later recurses and this must not."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_json_object(path: Path) -> dict[str, object]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.errors import RopeError, UnsupportedError
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
-from converters.rope.parameters import Llama3Scaling, RopeParameters, ulp_distance
+from converters.rope.parameters import FloatArray, Llama3Scaling, RopeParameters, ulp_distance
 
 MAX_INTEGER = 2**63 - 1  # beyond it a JSON number is no size of anything
 SUPPORTED_KINDS = ("default", "linear", "llama3")
@@ -30,7 +30,12 @@ _KIND_KEYS = {
     "default": {"factor"},
     "linear": {"factor", "original_max_position_embeddings", "finetuned"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
+    # only beside our own record
+    "longrope": {"factor", "short_factor", "long_factor", "short_mscale", "long_mscale",
+                 "original_max_position_embeddings"},
+}  # fmt: skip
+_ORIGINAL = "original_max_position_embeddings"
+_ONLY_ONE = ("partial_rotary_factor", "attention_factor", "short_mscale", "long_mscale")
 _RECORD = "pi_convert"  # our own config key: what a longrope spelling stands for
 
 # float32 division and multiplication round once each; transformers' pow and numpy's differ by one.
@@ -135,7 +140,7 @@ def _block(rope: RopeParameters) -> dict[str, object]:
     return {"rope_type": "default"}
 
 
-def _longrope_factors(rope: RopeParameters) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _longrope_factors(rope: RopeParameters) -> FloatArray:
     ratios = rope.base_inv_freq().astype(np.float64) / rope.inv_freq()
     return ratios.astype(np.float32)
 
@@ -197,7 +202,7 @@ def _refuse_unknown(block: Mapping[str, object], name: str, kind: str, where: st
             f"{where}: {name} has {', '.join(unknown)}, which {kind} RoPE does not know",
             hint="Correct the spelling or remove the key.",
         )
-    for key in ("partial_rotary_factor", "attention_factor"):
+    for key in _ONLY_ONE:
         if (
             key in block
             and block[key] is not None
@@ -260,16 +265,26 @@ def _llama3(
             f"{where}: low_freq_factor {low:g} and high_freq_factor {high:g}",
             hint="Expected 0 < low_freq_factor < high_freq_factor.",
         )
-    original = _agreed(blocks, "original_max_position_embeddings", where, minimum=1.0)
-    top = whole(config, "original_max_position_embeddings", where)
-    if top is not None and top != original:
-        # transformers lets the one at the top win over the one in the formula.
-        raise RopeError(
-            f"{where}: original_max_position_embeddings is {top} at the top and {original:g}"
-            " inside",
-            hint="Remove the one that is wrong.",
-        )
-    return Llama3Scaling(_agreed(blocks, "factor", where, minimum=1.0), low, high, int(original))
+    # transformers lets one at the top win over the formula's own, so they have to agree.
+    original = _original(config, blocks, where)
+    if original is None:
+        raise RopeError(f"{where}: {next(iter(blocks))}.{_ORIGINAL} is missing",
+                        hint="llama3 RoPE needs it.")  # fmt: skip
+    factor = _agreed(blocks, "factor", where, minimum=1.0)
+    return Llama3Scaling(factor, low, high, original[0])
+
+
+def _original(
+    config: Mapping[str, object], blocks: Mapping[str, Mapping[str, object]], where: str
+) -> tuple[int, str] | None:
+    """The one value at the top and in the blocks, and the key that first says it."""
+    stated = {_ORIGINAL: whole(config, _ORIGINAL, where)}
+    for name, block in blocks.items():
+        stated[f"{name}.{_ORIGINAL}"] = whole(block, _ORIGINAL, where, block=f"{name}.")
+    present = {key: value for key, value in stated.items() if value is not None}
+    if not present:
+        return None
+    return int(_one_value(present, where, minimum=1.0)), next(iter(present))
 
 
 def _claims(
@@ -284,19 +299,9 @@ def _claims(
         raise RopeError(
             f"{where}: max_position_embeddings is missing", hint="Add it to the config."
         )
-    original = original_key = None
+    original, original_key = None, ""
     if kind == "linear":
-        stated = {
-            "original_max_position_embeddings": config.get("original_max_position_embeddings")
-        }
-        stated |= {
-            f"{n}.original_max_position_embeddings": b.get("original_max_position_embeddings")
-            for n, b in blocks.items()
-        }
-        present = {key: value for key, value in stated.items() if value is not None}
-        if present:
-            original = int(_one_value(present, where, minimum=1.0))
-            original_key = next(iter(present))
+        original, original_key = _original(config, blocks, where) or (None, "")
     hint, hint_key = whole(config, "max_sequence_length", where), "max_sequence_length"
     if hint is None:
         hint, hint_key = whole(config, "model_max_length", where), "model_max_length"
@@ -306,7 +311,7 @@ def _claims(
         max_position=max_position,
         max_position_key="max_position_embeddings",
         original=original,
-        original_key=original_key or "",
+        original_key=original_key,
         hint=hint,
         hint_key=hint_key,
         override=about.original_context,
@@ -327,32 +332,54 @@ def _read_record(
     llama3 = _llama3({}, {f"{_RECORD}.llama3": nested}, where)
     factor = number(record.get("factor"), f"{_RECORD}.factor", where, minimum=1.0)
     theta, evidence = _theta(config, blocks, about)
-    original = whole(config, "original_max_position_embeddings", where)
+    original = _original(config, blocks, where)
     context = whole(config, "max_position_embeddings", where)
     if original is None or context is None:
         raise RopeError(
-            f"{where}: max_position_embeddings and original_max_position_embeddings are needed"
-            f" beside {_RECORD}",
+            f"{where}: max_position_embeddings and {_ORIGINAL} are needed beside {_RECORD}",
             hint="Export the checkpoint again.",
         )
-    evidence += (
-        Evidence("L", "original_max_position_embeddings"),
-        Evidence("L'", "max_position_embeddings"),
+    claims = ContextClaims(
+        max_position=context,
+        max_position_key="max_position_embeddings",
+        original=original[0],
+        original_key=original[1],
+        override=about.original_context,
     )
-    rope = RopeParameters(theta, about.rotary_dim, original, context, factor, llama3, evidence)
+    contexts = resolve_contexts(claims, factor, where)
+    rope = RopeParameters(
+        theta=theta,
+        rotary_dim=about.rotary_dim,
+        original_context=contexts.original_context,
+        context=contexts.context,
+        factor=factor,
+        llama3=llama3,
+        evidence=(*evidence, *contexts.evidence),
+    )
     expected = _longrope_factors(rope)
     for name, block in blocks.items():
+        _refuse_unknown(block, name, "longrope", where)
         for key in ("short_factor", "long_factor"):
-            found = np.asarray(block.get(key, ()), dtype=np.float32)
+            found = _float32_list(block.get(key), f"{name}.{key}", where)
             if found.shape != expected.shape or ulp_distance(expected, found) > _RECORD_ULP:
                 raise RopeError(
                     f"{where}: {name}.{key} is not what {_RECORD} records"
                     f" (factor {factor:g} over llama3)",
                     hint=f"One of them was edited; export again, or remove {_RECORD}.",
                 )
-        if number(block.get("attention_factor"), f"{name}.attention_factor", where) != 1.0:
-            raise RopeError(f"{where}: {name}.attention_factor is not 1", hint="Export again.")
+        if block.get("attention_factor") is None:
+            # transformers computes another one where it is missing.
+            raise RopeError(f"{where}: {name}.attention_factor is missing", hint="Export again.")
     return rope
+
+
+def _float32_list(value: object, key: str, where: str) -> FloatArray:
+    if not isinstance(value, list):
+        raise RopeError(f"{where}: {key} is {value!r}", hint="Expected a list of numbers.")
+    numbers = [number(v, f"{key}[{i}]", where) for i, v in enumerate(value)]
+    if any(v > float(np.finfo(np.float32).max) for v in numbers):
+        raise RopeError(f"{where}: {key} holds numbers beyond float32", hint="Export again.")
+    return np.asarray(numbers, dtype=np.float32)
 
 
 def number(value: object, key: str, where: str, *, minimum: float = 0.0) -> float:
@@ -366,8 +393,11 @@ def number(value: object, key: str, where: str, *, minimum: float = 0.0) -> floa
     return float(value)
 
 
-def whole(config: Mapping[str, object], key: str, where: str) -> int | None:
-    """``config[key]`` as a positive whole number, or None where it is absent or null."""
+def whole(config: Mapping[str, object], key: str, where: str, *, block: str = "") -> int | None:
+    """``config[key]`` as a positive whole number, or None where it is absent or null.
+
+    ``block`` is put before the key in messages.
+    """
     value = config.get(key)
     if value is None:
         return None
@@ -379,5 +409,7 @@ def whole(config: Mapping[str, object], key: str, where: str) -> int | None:
         or value != int(value)
         or value < 1
     ):
-        raise RopeError(f"{where}: {key} is {value!r}", hint="Expected a positive whole number.")
+        raise RopeError(
+            f"{where}: {block}{key} is {value!r}", hint="Expected a positive whole number."
+        )
     return int(value)

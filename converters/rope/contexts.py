@@ -45,8 +45,6 @@ class Contexts:
 
 # Factors such as 2.2 are not exact in binary: 5000 * 2.2 is 11000.000000000002.
 _ROUNDING = 1e-6
-
-
 MAX_CONTEXT = 2**31 - 1  # llama.cpp's llama_pos is a signed 32-bit number
 
 
@@ -55,14 +53,21 @@ def scaled_context(context_tokens: int, factor: float) -> int:
     return math.floor(context_tokens * factor + _ROUNDING)
 
 
-def extended_context(context_tokens: int, factor: float) -> int:
+def extended_context(context_tokens: int, factor: float, where: str = "") -> int:
     """``scaled_context``; ``RopeError`` for more positions than a runtime can count."""
-    if not context_tokens * factor <= MAX_CONTEXT:
+    if context_tokens > MAX_CONTEXT or not context_tokens * factor <= MAX_CONTEXT:
+        start = f"{where}: " if where else ""
         raise RopeError(
-            f"a context of {context_tokens} tokens times {factor:g} is beyond {MAX_CONTEXT:,}",
+            f"{start}a context of {context_tokens} tokens times {factor:g} is beyond"
+            f" {MAX_CONTEXT:,}",
             hint="Give a smaller scale; positions are signed 32-bit numbers.",
         )
     return scaled_context(context_tokens, factor)
+
+
+def unscaled_context(context_tokens: int, factor: float) -> int:
+    """L of a context L' = L * factor, at least 1: floor, as forgiving as ``scaled_context``."""
+    return max(1, math.floor(context_tokens / factor + _ROUNDING))
 
 
 def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contexts:
@@ -70,17 +75,23 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
 
     Raises ``RopeError`` where the claims contradict each other.
     """
-    for key, value in ((claims.max_position_key, claims.max_position),
-                       ("--original-context", claims.override or 1)):  # fmt: skip
+    stated = {
+        claims.max_position_key: claims.max_position,
+        "--original-context": claims.override or 1,
+        "the factor": factor,
+    }
+    for key, value in stated.items():
         if value > MAX_CONTEXT:
-            raise RopeError(f"{where}: {key} is {value}", hint=f"Expected at most {MAX_CONTEXT:,}.")
+            raise RopeError(
+                f"{where}: {key} is {value:g}", hint=f"Expected at most {MAX_CONTEXT:,}."
+            )
     if claims.override is not None:
         return _from_original(claims, claims.override, "--original-context", factor, where)
     if factor == 1.0:
         return _unscaled(claims)
     if claims.original is not None:
         return _from_original(claims, claims.original, claims.original_key, factor, where)
-    if claims.hint is not None and claims.hint == extended_context(claims.max_position, factor):
+    if claims.hint is not None and claims.hint == scaled_context(claims.max_position, factor):
         return Contexts(
             claims.max_position,
             claims.hint,
@@ -92,7 +103,7 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
                 Evidence("L'", claims.hint_key),
             ),
         )
-    original = max(1, math.floor(claims.max_position / factor + _ROUNDING))
+    original = unscaled_context(claims.max_position, factor)
     agreed = claims.hint == claims.max_position
     reason = f"{claims.max_position_key} / {factor:g}"
     sentence = (
@@ -115,7 +126,7 @@ def _unscaled(claims: ContextClaims) -> Contexts:
 def _from_original(
     claims: ContextClaims, original: int, key: str, factor: float, where: str
 ) -> Contexts:
-    full = extended_context(original, factor)
+    full = extended_context(original, factor, where)
     stated = claims.max_position
     if factor == 1.0:
         # An override below max_position: the model is good to L only, whatever it claims.

@@ -20,6 +20,7 @@ from converters.rope.parameters import (
     FloatArray,
     Llama3Scaling,
     RopeParameters,
+    shortest_float32,
     ulp_distance,
 )
 
@@ -146,7 +147,7 @@ def read_gguf(
         rotary_dim=effective.rotary_dim,
         original_context=contexts.original_context,
         context=contexts.context,
-        factor=_shortest_float32(effective.factor),
+        factor=shortest_float32(effective.factor),
         evidence=(theta, *contexts.evidence),
     )
     return rope if divisors is None else _with_llama3(rope, divisors, where)
@@ -177,11 +178,6 @@ def _positive(keys: Mapping[str, object], key: str, default: float, where: str) 
 def _optional(keys: Mapping[str, object], key: str, where: str) -> float | None:
     """A factor, None where the key is absent or 0, which llama.cpp takes as not set."""
     return number(keys[key], key, where) or None if key in keys else None
-
-
-def _shortest_float32(value: float) -> float:
-    """The decimal a person wrote: 2.2, not the 2.200000047683716 that float32 stores."""
-    return float(str(np.float32(value)))
 
 
 def _with_llama3(rope: RopeParameters, divisors: FloatArray, where: str) -> RopeParameters:

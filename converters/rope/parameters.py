@@ -133,6 +133,11 @@ def ulp_distance(expected: FloatArray, found: FloatArray) -> int:
     return int(np.max(np.abs(a - b), initial=0))
 
 
+def shortest_float32(value: float) -> float:
+    """The decimal a person wrote: 2.2, not the 2.200000047683716 that float32 stores."""
+    return float(str(np.float32(value)))
+
+
 def uniform_ratio(expected: FloatArray, found: FloatArray, *, tolerance: float) -> float | None:
     """The one factor by which ``found`` frequencies are below ``expected``; None if there is none.
 

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from converters.architectures import Architecture, HParams, architecture_named
 from converters.architectures.hparams import read_gguf_hparams
 from converters.architectures.spec import UNTIED, check_tensors
@@ -15,7 +13,7 @@ from converters.checkpoint import Checkpoint, Origin
 from converters.containers.gguf import GgufFile, read_gguf_file
 from converters.errors import TensorError, TokenizerError, UnsupportedError
 from converters.rope.gguf import DIVISORS_TENSOR, read_gguf
-from converters.rope.parameters import FloatArray
+from converters.rope.parameters import FloatArray, shortest_float32
 from converters.sources.card import card_of_gguf
 from converters.tensor import Tensor
 from converters.tokenizers import Vocabulary, vocabulary_from_gguf
@@ -89,8 +87,7 @@ def _hparams(file: GgufFile, architecture: Architecture, groups: frozenset[str])
             f"{where}: rope.dimension_count is {rotary!r} of a head of {hparams.head_dim}",
             hint=f"{architecture.name} is supported with RoPE over the whole head only.",
         )
-    # The decimal a person wrote: 1e-05, not the 9.999999747378752e-06 that float32 stores.
-    return dataclasses.replace(hparams, norm_eps=float(str(np.float32(hparams.norm_eps))))
+    return dataclasses.replace(hparams, norm_eps=shortest_float32(hparams.norm_eps))
 
 
 def _tensors(

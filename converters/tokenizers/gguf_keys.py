@@ -132,7 +132,9 @@ class _Reader:
             other_keys=self._left,
         )
         if self._problems:
-            raise TokenizerError(f"{self._where}: " + "; ".join(self._problems))
+            raise TokenizerError(
+                f"{self._where}: " + "; ".join(self._problems), hint="convert the model again"
+            )
         return vocabulary
 
     def _take(self, key: str, kind: type) -> object:

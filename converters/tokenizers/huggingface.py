@@ -7,7 +7,7 @@ is raised here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +21,17 @@ from converters.tokenizers.pretokenizers import (
 )
 from converters.tokenizers.sentencepiece_model import read_sentencepiece_model
 from converters.tokenizers.settings import (
+    DAMAGED,
     SPECIAL_NAMES,
     AddedToken,
     TokenizerSettings,
+    checked_id,
     optional,
     parse_json,
+    parse_text,
     read_files,
     read_settings,
+    token_ids,
 )
 from converters.tokenizers.spm import (
     ADDED_SCORE,
@@ -46,6 +50,8 @@ from converters.tokenizers.vocabulary import (
 # Added tokens that checkpoints forget to mark as special (llama.cpp conversion/base.py).
 _SPECIAL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SPECIAL_FORMS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+_SPECIAL_HINT = "correct it in tokenizer_config.json or config.json"
+_MERGE_HINT = "expected two texts, as a list or with a space between them"
 _CODE_LLAMA_EOT = "▁<EOT>"
 
 
@@ -114,13 +120,21 @@ class _Source:
 
     def added(self) -> dict[int, AddedToken]:
         """Added tokens of every file; tokenizer_config.json's word on one is the last."""
-        listed = (self.tokenizer or {}).get("added_tokens")
-        added = {}
-        for entry in listed if isinstance(listed, list) else []:
-            token_id, text = entry.get("id"), entry.get("content")
-            if not isinstance(token_id, int) or not isinstance(text, str):
-                raise TokenizerError(f"{self.where}/tokenizer.json: added token {entry!r}")
-            added[token_id] = AddedToken(token_id, text, special=bool(entry.get("special")))
+        own = f"{self.where}/tokenizer.json"
+        added: dict[int, AddedToken] = {}
+        for entry in optional(self.tokenizer or {}, "added_tokens", list, own) or []:
+            text = entry.get("content") if isinstance(entry, dict) else None
+            if not isinstance(text, str):
+                raise TokenizerError(
+                    f"{own}: added_tokens has {entry!r}",
+                    hint="expected objects with id and content",
+                )
+            number = checked_id(entry.get("id"), text, own)
+            if number in added and added[number].text != text:
+                raise TokenizerError(
+                    f"{own}: id {number} is given to {added[number].text!r}, {text!r}", hint=DAMAGED
+                )
+            added[number] = AddedToken(number, text, special=bool(entry.get("special")))
         return added | dict(self.settings.added)
 
     def check_size(self, ids: int) -> None:
@@ -172,7 +186,8 @@ def _from_tokenizer_json(source: _Source, tokenizer: dict[str, object]) -> Vocab
             raise UnsupportedError(f"{where}: a BPE model with {key} is not supported")
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise TokenizerError(f"{where}: a BPE model needs vocab and merges")
+        raise TokenizerError(f"{where}: a BPE model needs vocab and merges", hint=DAMAGED)
+    vocab = token_ids(vocab, where)
     added = source.added()
     source.check_size(max((*vocab.values(), *added), default=-1) + 1)
     if model.get("byte_fallback") and byte_token(0) in vocab:
@@ -190,9 +205,12 @@ def _from_vocab_and_merges(source: _Source) -> Vocabulary:
             hint="save the tokenizer again with transformers, so that it has a tokenizer.json",
         )
     vocab = parse_json(source.files["vocab.json"], f"{source.where}/vocab.json")
-    ids = {text: value for text, value in vocab.items() if isinstance(value, int)}
-    lines = source.files["merges.txt"].decode("utf-8").split("\n")
-    merges = [line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"]
+    ids = token_ids(vocab, f"{source.where}/vocab.json")
+    text = parse_text(source.files["merges.txt"], f"{source.where}/merges.txt")
+    lines = text.split("\n")
+    merges: list[object] = [
+        line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"
+    ]
     source.check_size(max((*ids.values(), *source.settings.added), default=-1) + 1)
     return _byte_level(source, row, ids, _joined(merges, f"{source.where}/merges.txt"))
 
@@ -219,7 +237,9 @@ def _sentencepiece_json(
     prefix = _space_prefix(tokenizer, where)
     missing = [byte_token(value) for value in range(256) if byte_token(value) not in vocab]
     if missing:
-        raise TokenizerError(f"{where}: byte tokens are missing: {', '.join(missing[:4])} ...")
+        raise TokenizerError(
+            f"{where}: byte tokens are missing: {', '.join(missing[:4])} ...", hint=DAMAGED
+        )
     added = {token.text for token in source.added().values()}
     bytes_ = {byte_token(value) for value in range(256)}
     normal = {text: i for text, i in vocab.items() if text not in added and text not in bytes_}
@@ -239,7 +259,19 @@ def _add_tokens(source: _Source, slots: _Slots, vocab: Mapping[str, int]) -> Non
         if vocab.get(token.text, token.id) != token.id:
             raise TokenizerError(
                 f"{source.where}: added token {token.text!r} has id {token.id}, "
-                f"the vocabulary gives it {vocab[token.text]}"
+                f"the vocabulary gives it {vocab[token.text]}",
+                hint=DAMAGED,
+            )
+        in_vocab = slots.types[token.id] is not TokenType.UNUSED
+        if (
+            in_vocab
+            and token.id not in source.settings.added
+            and (slots.tokens[token.id] != token.text)
+        ):
+            raise TokenizerError(
+                f"{source.where}/tokenizer.json: added token {token.text!r} has id {token.id}, "
+                f"which the vocabulary gives to {slots.tokens[token.id]!r}",
+                hint=DAMAGED,
             )
         slots.add(token, source.settings.special_texts)
 
@@ -267,17 +299,25 @@ def _pairs(merges: list[object], where: str) -> list[tuple[str, str]]:
     pairs = []
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2:
-            raise TokenizerError(f"{where}: merge {merge!r} does not have two parts")
+        if (
+            not isinstance(parts, list)
+            or len(parts) != 2
+            or not all(isinstance(part, str) for part in parts)
+        ):
+            raise TokenizerError(
+                f"{where}: merge {merge!r} does not have two parts", hint=_MERGE_HINT
+            )
         pairs.append((parts[0], parts[1]))
     return pairs
 
 
-def _joined(merges: Sequence[object], where: str) -> tuple[str, ...]:
+def _joined(merges: list[object], where: str) -> tuple[str, ...]:
     """Merges as GGUF writes them, ``left right``."""
-    joined = tuple(" ".join(merge) if isinstance(merge, list) else str(merge) for merge in merges)
+    joined = tuple(" ".join(pair) for pair in _pairs(merges, where))
     if bad := next((merge for merge in joined if merge.count(" ") != 1), None):
-        raise TokenizerError(f"{where}: merge {bad!r} does not have two parts without spaces")
+        raise TokenizerError(
+            f"{where}: merge {bad!r} does not have two parts without spaces", hint=_MERGE_HINT
+        )
     return joined
 
 
@@ -296,7 +336,9 @@ def _vocabulary(
 ) -> Vocabulary:
     ids = {text: i for i, text in enumerate(slots.tokens)}
     if repeated := source.rows - len(ids):
-        raise TokenizerError(f"{source.where}: the tokenizer repeats {repeated} tokens")
+        raise TokenizerError(
+            f"{source.where}: the tokenizer repeats {repeated} tokens", hint=DAMAGED
+        )
     node = (source.tokenizer or {}).get("post_processor")
     template = read_post_processor(node, f"{source.where}/tokenizer.json")
     add_bos, add_eos = source.settings.add_bos, source.settings.add_eos
@@ -341,18 +383,27 @@ def _special_ids(
             f"bos_token is {named['bos']!r}"
         )
     if template.last and named.setdefault("eos", template.last) != template.last:
+        if named["eos"] not in ids:
+            raise TokenizerError(
+                f"{source.where}: eos_token {named['eos']!r} is no token", hint=_SPECIAL_HINT
+            )
         special["eot"] = ids[named["eos"]]  # what ends a turn, beside what ends a text
         named["eos"] = template.last
     for short, name in SPECIAL_NAMES.items():
         found = ids.get(named[short]) if short in named else None
         if found is None and short in named and short in ("bos", "eos"):
-            raise TokenizerError(f"{source.where}: {short}_token {named[short]!r} is no token")
+            raise TokenizerError(
+                f"{source.where}: {short}_token {named[short]!r} is no token", hint=_SPECIAL_HINT
+            )
         for other in (source.settings.named_ids, model_ids):
             found = other.get(short) if found is None else found
         if found is not None and found < source.rows:
             special[name] = found
         elif found is not None and short in ("bos", "eos"):
-            raise TokenizerError(f"{source.where}: {short}_token_id {found} is past the embedding")
+            raise TokenizerError(
+                f"{source.where}: {short}_token_id {found} is past the embedding",
+                hint=_SPECIAL_HINT,
+            )
     if _CODE_LLAMA_EOT in ids:
         special.setdefault("eot", ids[_CODE_LLAMA_EOT])
     return special

@@ -51,7 +51,9 @@ def read_sentencepiece_model(data: bytes, where: str) -> SentencePieceModel:
             hint="a tiktoken file is not read; give the folder its tokenizer.json",
         ) from error
     if not pieces:
-        raise TokenizerError(f"{where}: not a SentencePiece model: it has no pieces")
+        raise TokenizerError(
+            f"{where}: not a SentencePiece model: it has no pieces", hint="fetch the file again"
+        )
     _refuse(trainer, normalizer, where)
     tokens, scores, types = zip(*pieces, strict=True)
     ids = {"unk": (_UNK, 0), "bos": (_BOS, 1), "eos": (_EOS, 2), "pad": (_PAD, -1)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from converters.errors import TokenizerError
+from converters.containers.strict_json import parse_json_object
+from converters.errors import SourceError, TokenizerError
 
 T = TypeVar("T")
+
+DAMAGED = "the file is damaged or was edited by hand; fetch it again"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -79,12 +83,38 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def parse_json(data: bytes, where: str) -> dict[str, object]:
     """The JSON object in ``data``; raises TokenizerError naming ``where``."""
     try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise TokenizerError(f"{where}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{where}: expected a JSON object")
+        return parse_json_object(data, where)
+    except SourceError as error:
+        raise TokenizerError(error.message, hint=error.hint) from error
+
+
+def parse_text(data: bytes, where: str) -> str:
+    """``data`` as UTF-8; raises TokenizerError naming ``where``."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{where}: not UTF-8: {error}", hint=DAMAGED) from error
+
+
+def checked_id(value: object, text: object, where: str) -> int:
+    """``value`` as the id of the token ``text``; raises TokenizerError for anything but one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TokenizerError(
+            f"{where}: token {text!r} has id {value!r}", hint="expected a whole number from 0 on"
+        )
     return value
+
+
+def token_ids(vocab: Mapping[str, object], where: str) -> dict[str, int]:
+    """A vocabulary's ids by text; raises TokenizerError for a bad one and for one given twice."""
+    ids = {text: checked_id(value, text, where) for text, value in vocab.items()}
+    if len(set(ids.values())) < len(ids):
+        shared, _ = Counter(ids.values()).most_common(1)[0]
+        texts = [text for text, value in ids.items() if value == shared]
+        raise TokenizerError(
+            f"{where}: id {shared} is given to {', '.join(map(repr, texts[:4]))}", hint=DAMAGED
+        )
+    return ids
 
 
 def optional(values: Mapping[str, object], key: str, kind: type[T], where: str) -> T | None:
@@ -93,7 +123,7 @@ def optional(values: Mapping[str, object], key: str, kind: type[T], where: str) 
     if value is None:
         return None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TokenizerError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
+        raise TokenizerError(f"{where}: {key} is {value!r}, expected {kind.__name__}", hint=DAMAGED)
     return value
 
 
@@ -110,13 +140,18 @@ def read_settings(
     special_map = parse_json(
         files.get("special_tokens_map.json", b"{}"), f"{where}/special_tokens_map.json"
     )
-    template, templates = _chat_templates(files, values, own)
+    template, templates = _chat_templates(files, values, where)
     return TokenizerSettings(
         class_name=optional(values, "tokenizer_class", str, own),
         added=_added_tokens(files, values, where),
         named={**_named(special_map), **_named(values)},
         named_ids=_config_ids(config),
-        other_special=frozenset((*_other_special(special_map), *_other_special(values))),
+        other_special=frozenset(
+            (
+                *_other_special(special_map, f"{where}/special_tokens_map.json"),
+                *_other_special(values, own),
+            )
+        ),
         add_bos=optional(values, "add_bos_token", bool, own),
         add_eos=optional(values, "add_eos_token", bool, own),
         add_space_prefix=optional(values, "add_prefix_space", bool, own),
@@ -138,12 +173,14 @@ def _named(values: Mapping[str, object]) -> dict[str, str]:
     return {short: text for short, text in texts.items() if text is not None}
 
 
-def _other_special(values: Mapping[str, object]) -> list[str]:
-    texts = []
+def _other_special(values: Mapping[str, object], where: str) -> list[str]:
+    texts: list[str | None] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         found = values.get(key)
-        listed = found.values() if isinstance(found, Mapping) else found
-        texts += [_text(item) for item in cast("list[object]", listed or [])]
+        if found is not None and not isinstance(found, list | dict):
+            raise TokenizerError(f"{where}: {key} is {found!r}", hint="expected a list of tokens")
+        listed = found.values() if isinstance(found, dict) else found
+        texts += map(_text, listed or [])
     return [text for text in texts if text is not None]
 
 
@@ -162,41 +199,51 @@ def _added_tokens(
 ) -> dict[int, AddedToken]:
     own = f"{where}/added_tokens.json"
     added = {}
-    for text, token_id in parse_json(files.get("added_tokens.json", b"{}"), own).items():
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise TokenizerError(f"{own}: {text!r} has id {token_id!r}, expected an integer")
-        added[token_id] = AddedToken(token_id, text, special=False)
+    stated = parse_json(files.get("added_tokens.json", b"{}"), own)
+    for text, number in token_ids(stated, own).items():
+        added[number] = AddedToken(number, text, special=False)
     own = f"{where}/tokenizer_config.json"
     decoder = optional(values, "added_tokens_decoder", dict, own) or {}
     for key, entry in decoder.items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        if not key.isdecimal() or not isinstance(content, str):
-            raise TokenizerError(f"{own}: added_tokens_decoder has an entry {key!r}: {entry!r}")
+        if not re.fullmatch(r"[0-9]{1,10}", key) or not isinstance(content, str):
+            raise TokenizerError(
+                f"{own}: added_tokens_decoder has an entry {key!r}: {entry!r}",
+                hint="expected an id, and an object with the token's content",
+            )
         added[int(key)] = AddedToken(int(key), content, special=bool(entry.get("special")))
     return added
 
 
 def _chat_templates(
-    files: Mapping[str, bytes], values: Mapping[str, object], where: str
+    files: Mapping[str, bytes], values: Mapping[str, object], folder: str
 ) -> tuple[str | None, dict[str, str]]:
     """The default chat template, and the others by name."""
+    own = f"{folder}/tokenizer_config.json"
     found = values.get("chat_template")
     if "chat_template.json" in files:
-        found = parse_json(files["chat_template.json"], where).get("chat_template")
+        own = f"{folder}/chat_template.json"
+        found = parse_json(files["chat_template.json"], own).get("chat_template")
     templates: dict[str, str] = {}
     if isinstance(found, str):
         templates[_DEFAULT_TEMPLATE] = found
     elif isinstance(found, list):
         for entry in found:
-            name, text = (entry.get("name"), entry.get("template")) if entry else (None, None)
+            known = entry if isinstance(entry, dict) else {}
+            name, text = known.get("name"), known.get("template")
             if not isinstance(name, str) or not isinstance(text, str):
-                raise TokenizerError(f"{where}: chat_template has an entry without name or text")
+                raise TokenizerError(
+                    f"{own}: chat_template has an entry without name or text",
+                    hint="expected objects with name and template, both texts",
+                )
             templates[name] = text
     elif found is not None:
-        raise TokenizerError(f"{where}: chat_template is neither a text nor a list")
+        raise TokenizerError(
+            f"{own}: chat_template is {type(found).__name__}", hint="expected a text or a list"
+        )
     for name, data in files.items():
         if name == "chat_template.jinja":
-            templates[_DEFAULT_TEMPLATE] = data.decode("utf-8")
+            templates[_DEFAULT_TEMPLATE] = parse_text(data, f"{folder}/{name}")
         elif name.startswith(_TEMPLATE_FOLDER):
-            templates[Path(name).stem] = data.decode("utf-8")
+            templates[Path(name).stem] = parse_text(data, f"{folder}/{name}")
     return templates.pop(_DEFAULT_TEMPLATE, None), templates

@@ -58,7 +58,9 @@ def merges_of_scores(vocabulary: Vocabulary, where: str) -> list[str]:
     may share one, and do in LLaMA's models: they keep the order of their ids.
     """
     if vocabulary.scores is None:
-        raise TokenizerError(f"{where}: a SentencePiece vocabulary without scores")
+        raise TokenizerError(
+            f"{where}: a SentencePiece vocabulary without scores", hint="use the original folder"
+        )
     normal = {
         text: score
         for text, score, kind in zip(

@@ -15,6 +15,7 @@ from converters.encodings import Encoding
 from converters.errors import ConvertError
 from converters.rope import Evidence
 from converters.rope import gguf as spelling
+from converters.rope.contexts import unscaled_context
 from converters.sources import checkpoint_of_gguf, open_checkpoint
 from pi_convert.audit import llamacpp
 from pi_convert.audit import tokenizer_rules as keys
@@ -207,7 +208,7 @@ def _rope_of_keys(header: Header) -> RopeSummary | None:
     if original is not None:
         evidence.append(Evidence("L", header.full(spelling.ORIGINAL_KEY)))
     elif context is not None and factor != 1.0:
-        original = max(1, int(context / factor))
+        original = unscaled_context(context, factor)
         sentence = f"{header.full(spelling.CONTEXT_KEY)} / {factor:g}, assuming that it is L'"
         evidence.append(Evidence("L", sentence, assumed=True))
     else:

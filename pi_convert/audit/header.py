@@ -11,9 +11,13 @@ import numpy.typing as npt
 
 from converters.containers.gguf import GgufFile
 from converters.rope import gguf as spelling
+from converters.rope.parameters import shortest_float32
 
 LONG_FACTORS = "rope_factors_long.weight"
 SHORT_FACTORS = "rope_factors_short.weight"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+short = shortest_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,11 @@ class Header:
         )
 
     def number(self, key: str) -> float | None:
-        """A finite number, None for anything else."""
+        """A number that float32 holds, None for anything else."""
         value = self.keys.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if not abs(value) <= _FLOAT32_MAX:
             return None
         return float(value)
 
@@ -111,11 +117,6 @@ class Header:
         """Whether the model is spread over several files."""
         count = self.file.keys.get("split.count", 0)
         return isinstance(count, int) and count > 1
-
-
-def short(value: float) -> float:
-    """The decimal a person wrote: 2.2, not the 2.200000047683716 that float32 stores."""
-    return float(str(np.float32(value)))
 
 
 def plain(value: object) -> str:

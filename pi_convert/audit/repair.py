@@ -6,7 +6,6 @@ is refused by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +14,12 @@ from converters.containers.gguf import GgufFile
 from converters.errors import RopeError, UnsupportedError
 from converters.rope import Evidence
 from converters.rope import gguf as spelling
-from converters.rope.contexts import scaled_context
+from converters.rope.contexts import extended_context, unscaled_context
 from pi_convert.audit import llamacpp
 from pi_convert.audit.header import Header, short
 
 if TYPE_CHECKING:
     from converters.targets.gguf.rewrite import KeyValue
-
-_MAX_CONTEXT = 2**31 - 1  # llama_pos is a signed 32-bit number
 
 # Keys of other kinds of scaling, which would act beside a linear factor or contradict it.
 _OTHER_KINDS = (
@@ -59,12 +56,7 @@ def plan_repair(file: GgufFile, factor: float, original_context: int | None) -> 
     where = file.path.name
     _refuse(header, where)
     original, told = _original_context(header, original_context, where)
-    context = scaled_context(original, factor)
-    if context > _MAX_CONTEXT:
-        raise RopeError(
-            f"{where}: L {original} x {factor:g} is {context}",
-            hint=f"llama.cpp counts positions up to {_MAX_CONTEXT}.",
-        )
+    context = extended_context(original, factor, where)
     keys: dict[str, KeyValue | None] = {
         spelling.CONTEXT_KEY: context,
         spelling.TYPE_KEY: "none" if factor == 1.0 else "linear",
@@ -139,7 +131,7 @@ def _original_context(header: Header, override: int | None, where: str) -> tuple
     stored = header.stored_factor
     if stored is not None and stored > 1:
         # context_length may be L or L'; a context is never over-claimed.
-        value = max(1, math.floor(context / short(stored) + 1e-6))
+        value = unscaled_context(context, short(stored))
         return value, Evidence(
             "L",
             f"{header.full(spelling.CONTEXT_KEY)} / {short(stored):g}, assuming that it is L';"

@@ -65,7 +65,7 @@ def original_context_option(function: Decorated) -> Decorated:
     """``--original-context N``."""
     return click.option(
         "--original-context",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=2**31 - 1),  # llama.cpp counts positions in 32 bits
         metavar="N",
         help="L in tokens, where the checkpoint does not say or is wrong.",
     )(function)

@@ -18,6 +18,25 @@ Logits = npt.NDArray[np.float32]
 CHUNK_TOKENS = 512  # fed at once; chunk shapes change rounding, so every tolerance is stated at it
 
 
+class Closing:
+    """Something to close, usable as a context manager."""
+
+    def close(self) -> None:
+        """Frees what it holds."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 class Session(Protocol):
     """One sequence in one runtime, with its own key and value cache."""
 

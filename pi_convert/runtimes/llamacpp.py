@@ -10,20 +10,20 @@ import collections
 import ctypes
 import functools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
 from converters.errors import ConvertError, EnvironmentNotReadyError, SourceError
 from converters.rope import RopeParameters
 from converters.rope import gguf as rope_keys
-from pi_convert.runtimes.base import CHUNK_TOKENS, Logits, Tokens
+from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 _FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
@@ -32,6 +32,8 @@ _ALL_LAYERS = 999
 _LOG_LINES = 40
 _ERROR_LEVEL = 4  # enum ggml_log_level
 _CONTINUED_LEVEL = 5
+_CHILD_SECONDS = 600  # to read every weight once: 60 GB from a disk of 100 MB/s
+_CHILD_REFUSED, _CHILD_NOT_READY = 3, 4  # exit codes; 1 is Python's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class ImposedRope:
         return {key: value for key, value in values.items() if value is not None}
 
 
-class LlamaCppModel:
+class LlamaCppModel(Closing):
     """A GGUF file loaded by llama.cpp; close it, or use it as a context manager."""
 
     def __init__(
@@ -101,8 +103,13 @@ class LlamaCppModel:
             params.kv_overrides = overrides
         self._model = api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
+            reason = log.errors()
+            if "allocate" in reason:
+                raise EnvironmentNotReadyError(
+                    f"{path}: no memory for it: {reason}", hint="Free some memory."
+                )
             raise SourceError(
-                f"{path}: llama.cpp cannot load it: {log.errors()}",
+                f"{path}: llama.cpp cannot load it: {reason}",
                 hint="`pi-convert check` tells what is wrong with the file.",
             )
         self._vocab = api.llama_model_get_vocab(self._model)
@@ -120,19 +127,8 @@ class LlamaCppModel:
             _library().llama_model_free(self._model)
             self._model = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class LlamaCppSession:
+class LlamaCppSession(Closing):
     """One sequence in llama.cpp."""
 
     def __init__(self, model: Any, owner: LlamaCppModel, context_tokens: int) -> None:
@@ -185,19 +181,8 @@ class LlamaCppSession:
             _library().llama_free(self._context)
             self._context = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class LlamaCppTokenizer:
+class LlamaCppTokenizer(Closing):
     """A GGUF file's own tokenizer in llama.cpp; no weight is read."""
 
     def __init__(self, path: Path) -> None:
@@ -241,17 +226,6 @@ class LlamaCppTokenizer:
         if self._model:
             _library().llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def require_device(options: LlamaCppOptions) -> None:
@@ -348,32 +322,49 @@ def load_in_child(path: Path) -> str | None:
     """Loads the file and opens a context in a child process; why that fails, None where it works.
 
     llama.cpp aborts or crashes on some malformed files; here it takes no other process with it.
+    Raises ``EnvironmentNotReadyError`` where it was the machine that failed: memory or time.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, os.fsdecode(path)],
-        capture_output=True,
-        check=False,
-    )
+    package = os.fspath(Path(__file__).parents[2])
+    # -P: what lies in the current folder is not imported.
+    command = [sys.executable, "-P", "-c", _CHILD, os.fspath(path), package]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=_CHILD_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentNotReadyError(
+            f"{path}: llama.cpp did not load it within {_CHILD_SECONDS} s",
+            hint="Put the file on a faster disk, or free some memory.",
+        ) from error
     if done.returncode == 0:
         return None
     words = (done.stdout + done.stderr).decode("utf-8", "replace").strip().splitlines()
-    last = words[-1].rpartition("cannot load it: ")[2] if words else "no reason given"
+    last = words[-1] if words else "no reason given"
+    if done.returncode == -signal.SIGKILL:
+        raise EnvironmentNotReadyError(
+            f"{path}: the process that loads it was killed, as happens where memory runs out",
+            hint="Free some memory.",
+        )
+    if done.returncode == _CHILD_NOT_READY:
+        raise EnvironmentNotReadyError(last, hint="Free some memory.")
     if done.returncode < 0:
         aborts = [line for line in words if "ASSERT" in line or "abort" in line.lower()]
         return f"it dies of signal {-done.returncode}: {(aborts or [last])[-1]}"
-    return last
+    return last.rpartition("cannot load it: ")[2]
 
 
-_CHILD = """
+_CHILD = f"""
 import sys
 from pathlib import Path
-from converters.errors import ConvertError
+sys.path.append(sys.argv[2])  # a source tree that was never installed
+from converters.errors import ConvertError, EnvironmentNotReadyError
 from pi_convert.runtimes import llamacpp
 try:
     with llamacpp.LlamaCppModel(Path(sys.argv[1]), "", llamacpp.LlamaCppOptions()) as model:
         with model.open_session(32) as session:
             session.feed(llamacpp.np.arange(2, dtype="int32"), position=0, logits=True)
+except (EnvironmentNotReadyError, MemoryError) as error:
+    print(getattr(error, "message", "memory ran out"))
+    sys.exit({_CHILD_NOT_READY})
 except ConvertError as error:
     print(error.message)
-    sys.exit(1)
+    sys.exit({_CHILD_REFUSED})
 """

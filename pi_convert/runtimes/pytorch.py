@@ -1,16 +1,18 @@
 """transformers' own model code on a checkpoint's weights: the oracle of what a graph should give.
 
 Weights are dequantized to float32 by gguf-py, RoPE is what transformers makes of the config that
-``converters.rope.config.write_config`` spells; none of our own arithmetic takes part.
+``converters.rope.config.write_config`` spells; none of our own arithmetic takes part. PI over
+llama3 has no kind of its own there: it is transformers' llama3 frequencies divided by the factor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +27,15 @@ from converters.rope.config import write_config
 from converters.rope.parameters import FloatArray, ulp_distance
 from converters.targets.gguf.ggml import load_ggml
 from converters.tensor import Tensor
-from pi_convert.runtimes.base import Logits, Tokens
+from pi_convert.runtimes.base import Closing, Logits, Tokens
 from pi_convert.runtimes.rounding import rounded_activations
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import torch
 
 # float32 frequencies, any device: numpy's and torch's pow differ by one unit in the last place,
-# the division by the factor adds one; PI over llama3 goes through float32 ratios, which adds two.
-BUILT_FREQUENCY_ULP = 4
+# the division by the factor adds one.
+BUILT_FREQUENCY_ULP = 2
 
 _READ_BYTES = 64 << 20  # rows dequantized at once
 
@@ -120,7 +120,7 @@ class TorchModel:
         progress("loading weights into torch", total, total)
 
 
-class TorchSession:
+class TorchSession(Closing):
     """One sequence in transformers, with a cache and a RoPE of its own."""
 
     def __init__(
@@ -165,43 +165,29 @@ class TorchSession:
         """Frees the cache."""
         self._cache = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def reference_rope(checkpoint: Checkpoint, rope: RopeParameters) -> tuple[FloatArray, float]:
-    """(inverse frequencies, attention factor) that transformers computes for ``rope``.
-
-    PI over llama3 has no kind of its own in transformers: its llama3 frequencies divided by the
-    factor, which is what PI means.
-    """
-    import dataclasses
-
-    factor = 1.0
-    if rope.llama3 is not None:
-        factor, rope = rope.factor, dataclasses.replace(rope, factor=1.0)
+    """(inverse frequencies, attention factor) that transformers computes for ``rope``."""
     module = build_rotary(checkpoint, rope)
-    frequencies: FloatArray = module.inv_freq.cpu().numpy() / np.float32(factor)
+    frequencies: FloatArray = module.inv_freq.cpu().numpy()
     return frequencies, float(module.attention_scaling)
 
 
 def build_rotary(checkpoint: Checkpoint, rope: RopeParameters) -> Any:
-    """Transformers' rotary module of the checkpoint's architecture for ``rope``, on the CPU."""
+    """Transformers' rotary module of the checkpoint's architecture for ``rope``, on the CPU.
+
+    Over llama3 the factor divides the frequencies, which is what PI means.
+    """
     import torch
 
     with _quiet(), torch.device("meta"):
         # The class is taken from a model without layers: it has no other public name.
         rotary = type(_build(checkpoint, rope, layers=0).model.rotary_emb)
     with _quiet():
-        return rotary(_config(checkpoint, rope, layers=0))
+        module = rotary(_config(checkpoint, rope, layers=0))
+    if rope.llama3 is not None:
+        module.inv_freq = module.inv_freq / torch.tensor(rope.factor, dtype=torch.float32)
+    return module
 
 
 def read_values(tensor: Tensor) -> npt.NDArray[np.float32]:
@@ -253,10 +239,16 @@ def _build(checkpoint: Checkpoint, rope: RopeParameters, *, layers: int | None =
 
 
 def _config(checkpoint: Checkpoint, rope: RopeParameters, layers: int | None = None) -> Any:
-    """A transformers config; RoPE is in it before any module is built, for later is too late."""
+    """A transformers config; RoPE is in it before any module is built, for later is too late.
+
+    Raises ``UnsupportedError`` where transformers refuses the sizes.
+    """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     architecture = checkpoint.architecture
+    if rope.llama3 is not None:
+        rope = dataclasses.replace(rope, factor=1.0)  # ``build_rotary`` divides by it
     keys = {
         **write_config_hparams(checkpoint.hparams),
         **{key: value for key, value in write_config(rope).items() if value is not None},
@@ -269,7 +261,19 @@ def _config(checkpoint: Checkpoint, rope: RopeParameters, layers: int | None = N
     keys.pop("rope_theta", None)
     if layers is not None:
         keys["num_hidden_layers"] = layers
-    return transformers.AutoConfig.for_model(architecture.huggingface[0].model_type, **keys)
+    try:
+        return transformers.AutoConfig.for_model(architecture.huggingface[0].model_type, **keys)
+    except StrictDataclassError as error:
+        sizes = checkpoint.hparams
+        raise UnsupportedError(
+            f"transformers refuses a model of hidden size {sizes.hidden_size} with"
+            f" {sizes.heads} heads: {_last_line(error)}",
+            hint="Verification runs transformers' own code, so it cannot verify this model.",
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _put(model: Any, name: str, parameter: torch.nn.Parameter) -> None:

@@ -27,8 +27,9 @@ def verify(request: VerifyRequest, progress: Progress = silent) -> Verdict:
     """What the five links say of the artifact.
 
     Faults of the artifact are in the verdict. Raised are only ``SourceError`` where it is no whole
-    GGUF, ``EnvironmentNotReadyError`` where torch, llama.cpp or the device is missing, and
-    ``RopeError`` where the scale cannot be applied.
+    GGUF, ``EnvironmentNotReadyError`` where torch, llama.cpp, the device or memory is missing,
+    ``UnsupportedError`` where transformers refuses the source's sizes, and ``RopeError`` where the
+    scale cannot be applied.
     """
     started = time.monotonic()
     require_device(request.llamacpp)
@@ -72,10 +73,7 @@ def _executed(subject: Subject, stream: TokenStream, progress: Progress) -> list
     try:
         with execution.open_oracles(subject, progress) as oracles:
             measured = execution.measure(subject, oracles, windows, progress)
-            if subject.request.preset == "full":
-                worth = quality.judge_quality(subject, measured, oracles, stream, progress)
-            else:
-                worth = quality.report_quality(subject, measured)
+            worth = _worth(subject, measured, oracles, stream, progress)
         return [execution.judge(subject, measured, windows, progress), worth]
     except EnvironmentNotReadyError:
         raise
@@ -84,6 +82,24 @@ def _executed(subject: Subject, stream: TokenStream, progress: Progress) -> list
             execution.failed(error, LinkName.EXECUTION),
             _not_run(LinkName.QUALITY, "the artifact cannot be run"),
         ]
+
+
+def _worth(
+    subject: Subject,
+    measured: execution.Execution,
+    oracles: execution.Oracles,
+    stream: TokenStream,
+    progress: Progress,
+) -> LinkResult:
+    """Link 5; what stops it says nothing against link 4, which has been measured."""
+    try:
+        if subject.request.preset == "full":
+            return quality.judge_quality(subject, measured, oracles, stream, progress)
+        return quality.report_quality(subject, measured)
+    except EnvironmentNotReadyError:
+        raise
+    except ConvertError as error:
+        return execution.failed(error, LinkName.QUALITY)
 
 
 def _stream(subject: Subject, reference: ReferenceEncoder) -> TokenStream:
@@ -113,13 +129,15 @@ def _other_architecture(subject: Subject) -> list[LinkResult]:
 
 
 def _load_problem(subject: Subject) -> str | None:
-    """Why llama.cpp cannot load the artifact; found in a child process, since it may abort."""
+    """Why the artifact cannot be run; loaded in a child process, since llama.cpp may abort."""
     artifact = subject.artifact
-    return artifact.rope_problem or load_in_child(artifact.path)
+    if artifact.rope_problem is not None:
+        return artifact.rope_problem
+    problem = load_in_child(artifact.path)
+    return None if problem is None else f"llama.cpp cannot load the file: {problem}"
 
 
-def _not_loadable(subject: Subject, problem: str, progress: Progress) -> list[LinkResult]:
-    reason = f"llama.cpp cannot load the file: {problem}"
+def _not_loadable(subject: Subject, reason: str, progress: Progress) -> list[LinkResult]:
     links = [verify_stored_rope(subject, reason)]
     links += [verify_weights(subject, progress), _not_run(LinkName.TOKENIZER, reason)]
     links += [LinkResult(LinkName.EXECUTION, Status.FAILED, reason, cause=reason)]

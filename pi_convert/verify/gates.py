@@ -6,6 +6,8 @@ llama-cpp-python 0.3.36), torch 2.13 in float32, chunks of 512 tokens, unless sa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # Link 1. float32 frequencies, CPU. numpy's pow and torch's differ by one unit in the last place,
 # the division by the factor rounds once more.
 OUR_FREQUENCY_ULP = 2
@@ -26,6 +28,27 @@ DEVICE_REPEAT_MARGIN = 2.0
 # Link 2. Root mean square error against the source, artifact's over this machine's quantizer's.
 # Builds with and without FMA differ in 1 to 2 % of the K-quant blocks, and by 1e-4 in this ratio.
 OTHER_BUILD_ERROR_RATIO = 1.01
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSpread:
+    """How far two right builds may be apart in one tensor."""
+
+    row_error_ratio: float  # of a row's root mean square errors
+    differing_blocks: float  # share; not held to where an importance matrix was used
+
+
+# Every value moved by up to one unit in the last place before quantizing, which is more than FMA
+# moves: 8,192 blocks of normal, Laplace and Student-t (3 degrees) values. Types whose scales are
+# searched for differ in up to 8.8 % of the blocks (real builds: 2 %); one block in itself by up to
+# 1.12, q2_k with Student-t by 1.67 in one of 8,192, which is 1.37 in a row of two blocks. A zeroed
+# row comes to 1.5 (q2_k, Student-t) and mostly to over 2.
+SEARCHED_SPREAD = BuildSpread(row_error_ratio=1.5, differing_blocks=0.1)
+# The others differ in no block between the builds tried, and in 0.04 % when so moved; one block by
+# up to 1.027. A zeroed row comes to 1.045 (ternary) and more.
+DIRECT_SPREAD = BuildSpread(row_error_ratio=1.04, differing_blocks=1e-3)
+# float16's rounding, which the scale of every block has: errors below it are no measure.
+LEAST_RELATIVE_ERROR = 2.0**-11
 
 # Link 4. Mean KL(llama.cpp || torch) in nats. An f16 SmolLM2 gives 1.6e-6, with a factor of 2.002
 # for 2 it gives 2e-5.

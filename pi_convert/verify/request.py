@@ -15,14 +15,12 @@ from converters.containers.gguf import GgufFile, read_gguf_file
 from converters.errors import RopeError
 from converters.rope import RopeParameters
 from converters.rope.gguf import DIVISORS_TENSOR, EffectiveRope, effective_rope
+from converters.targets.gguf.metadata import VERSION_KEY
 from converters.tensor import Tensor
 from converters.transforms import deinterleave_rope
 from pi_convert.evaluate.texts import Document, default_documents
 from pi_convert.runtimes.llamacpp import ImposedRope, LlamaCppModel, LlamaCppOptions
 from pi_convert.verify.verdict import Preset
-
-VERSION_KEY = "pi_convert.version"
-QUANTIZER_KEY = "pi_convert.quantizer"
 
 
 @dataclass(frozen=True, slots=True)

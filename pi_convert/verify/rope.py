@@ -41,24 +41,18 @@ def verify_rope(subject: Subject, stream: TokenStream, progress: Progress) -> Li
     rope = subject.artifact.rope
     if rope is None:
         return _result(subject, findings, measures, ())
-    identity = _Identity(subject, stream, progress)
+    controls: tuple[Control, ...] = ()
     try:
+        identity = _Identity(subject, stream, progress)
         difference, kl = identity.difference(None)
-    except SourceError as error:
+        measures["identity: largest logit difference"] = difference
+        measures["identity: mean KL"] = kl
+        if difference > identity.allowed:
+            findings.append(_name_by_imposing(identity, rope, expected.rope, difference))
+        controls = (_control(identity, expected.rope, difference),)
+    except SourceError as error:  # llama.cpp refuses the file or its tokens
         findings.append(error.message)
-        return _result(subject, findings, measures, ())
-    measures["identity: largest logit difference"] = difference
-    measures["identity: mean KL"] = kl
-    if difference > identity.allowed:
-        findings.append(_name_by_imposing(identity, rope, expected.rope, difference))
-    stretched = dataclasses.replace(
-        expected.rope, factor=expected.rope.factor * gates.IDENTITY_CONTROL_STRETCH
-    )
-    seen, _ = identity.difference(ImposedRope.of(stretched))
-    control = Control(
-        f"factor {stretched.factor:.8g} imposed", seen, difference, seen > identity.allowed
-    )
-    return _result(subject, findings, measures, (control,))
+    return _result(subject, findings, measures, controls)
 
 
 def verify_stored_rope(subject: Subject, reason: str) -> LinkResult:
@@ -234,6 +228,13 @@ def _name_by_imposing(
                 " makes them right"
             )
     return f"llama.cpp's logits are up to {difference:.2g} off with the expected RoPE imposed"
+
+
+def _control(identity: _Identity, expected: RopeParameters, difference: float) -> Control:
+    """A factor that is hardly another one: it has to be seen."""
+    factor = expected.factor * gates.IDENTITY_CONTROL_STRETCH
+    seen, _ = identity.difference(ImposedRope.of(dataclasses.replace(expected, factor=factor)))
+    return Control(f"factor {factor:.8g} imposed", seen, difference, seen > identity.allowed)
 
 
 class _Identity:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from converters.errors import ConvertError
 from converters.progress import Progress
@@ -31,11 +33,15 @@ def verify_tokenizer(
                 expected,
                 [document.text for document in subject.request.documents()],
             )
-            special = list(_special_findings(artifact.special_ids, stored, expected))
+            fields = list(_field_differences(subject, stored, artifact.special_ids))
     except ConvertError as error:
         return LinkResult(LinkName.TOKENIZER, Status.FAILED, error.message, cause=error.message)
     progress("comparing token ids", 1, 1)
-    return _result(comparison, stored, expected, special)
+    ours = subject.artifact.is_ours
+    findings = [field.text for field in fields if ours or not field.harmless]
+    notes = [field.text for field in fields if field.harmless and not ours]
+    result = _result(comparison, stored, expected, findings)
+    return dataclasses.replace(result, notes=(*result.notes, *notes))
 
 
 def _result(
@@ -75,23 +81,55 @@ def _result(
     )
 
 
-def _special_findings(
-    resolved: dict[str, int], stored: Vocabulary, expected: Vocabulary
-) -> Iterator[str]:
-    """Special ids that are other ones; they matter where no text shows them."""
-    for name, token_id in expected.special_ids.items():
-        found = resolved.get(name) if name in ("bos", "eos") else stored.special_ids.get(name)
-        if found is not None and found != token_id:
-            yield f"the {name} token is {found}, the source's is {token_id}"
-    for name in ("eot", "eom"):  # llama.cpp ends a generation at them
-        if name in stored.special_ids and name not in expected.special_ids:
-            yield f"the {name} token is {stored.special_ids[name]}, the source has none"
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """A stored field that no text shows, and is not the source's."""
+
+    text: str
+    harmless: bool  # in another tool's file, which may leave it out
+
+
+def _field_differences(
+    subject: Subject, stored: Vocabulary, resolved: Mapping[str, int]
+) -> Iterator[_Difference]:
+    """Special ids, flags and chat templates, both ways; ``resolved`` is llama.cpp's ids."""
+    expected, ours = subject.source.vocabulary, subject.artifact.is_ours
+    for name in dict.fromkeys((*expected.special_ids, *stored.special_ids)):
+        found, want = stored.special_ids.get(name), expected.special_ids.get(name)
+        if name in ("bos", "eos") and want is not None and not ours:
+            found = resolved.get(name)  # llama.cpp has defaults for them
+        if found != want:
+            # llama.cpp ends a generation at these, so one too many is no small thing.
+            ends = want is None and name in ("eot", "eom")
+            yield _Difference(
+                f"the {name} token is {_or_none(found)}, the source's is {_or_none(want)}",
+                harmless=None in (found, want) and not ends,
+            )
     for name in ("add_bos", "add_eos"):
-        found_flag, expected_flag = getattr(stored, name), getattr(expected, name)
-        if None not in (found_flag, expected_flag) and found_flag != expected_flag:
-            yield f"{name} is {found_flag}, the source's is {expected_flag}"
-    if stored.chat_template != expected.chat_template and stored.chat_template is not None:
-        yield "the chat template is not the source's"
+        flag, expected_flag = getattr(stored, name), getattr(expected, name)
+        if flag != expected_flag:
+            yield _Difference(
+                f"{name} is {_or_none(flag)}, the source's is {_or_none(expected_flag)}",
+                harmless=None in (flag, expected_flag),
+            )
+    templates, wanted = _templates(stored), _templates(expected)
+    for title in dict.fromkeys((*wanted, *templates)):
+        template, want_template = templates.get(title), wanted.get(title)
+        if template != want_template:
+            named = "the chat template" if title is None else f"the chat template {title!r}"
+            lost = "is missing" if template is None else "is not the source's"
+            yield _Difference(f"{named} {lost}", harmless=template is None)
+
+
+def _templates(vocabulary: Vocabulary) -> dict[str | None, str | None]:
+    """Chat templates by name; the default one has none."""
+    templates: dict[str | None, str | None] = {None: vocabulary.chat_template}
+    templates.update(vocabulary.chat_templates)
+    return templates
+
+
+def _or_none(value: object) -> object:
+    return "none" if value is None else value
 
 
 def _splitting_differences(stored: Vocabulary, expected: Vocabulary) -> Iterator[str]:

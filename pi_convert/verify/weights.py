@@ -2,10 +2,13 @@
 
 Tensors are compared in Hugging Face's layout, chunk by chunk on a few threads. The oracle of what a
 source's values are in another encoding is gguf-py for float types and libggml for block types.
+A file of another build of libggml cannot be the same in every byte: there each tensor's and each
+row's error is held against that of quantizing here, and the share of blocks that differ.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +23,20 @@ from converters.encodings import Encoding, decode_f32
 from converters.errors import SourceError, UnsupportedError
 from converters.progress import Progress
 from converters.targets.gguf.ggml import load_ggml
+from converters.targets.gguf.metadata import QUANTIZER_KEY
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores
 from pi_convert.verify import gates
 from pi_convert.verify.encode import encode
 from pi_convert.verify.mismatch import name_cause
-from pi_convert.verify.request import QUANTIZER_KEY, Subject
+from pi_convert.verify.request import Subject
 from pi_convert.verify.verdict import LinkName, LinkResult, Status
+
+Floats = npt.NDArray[np.float32]
 
 _CHUNK_BYTES = 4 << 20  # of float32 values at once on a thread
 _SHOWN = 4  # tensors whose cause is looked for
+_MATRIX_PREFIX = "quantize.imatrix."  # keys that llama-quantize writes with an importance matrix
 
 
 class Match(Enum):
@@ -50,7 +57,47 @@ class TensorResult:
     match: Match | None  # None: it is not the source's tensor
     differing_rows: int = 0
     first_row: int = 0
-    error_ratio: float = 0.0  # of another build's: its error over ours
+    distance: BuildDistance | None = None  # where another build was allowed
+
+
+@dataclass(frozen=True, slots=True)
+class BuildDistance:
+    """How far a tensor of another build is from quantizing the source here."""
+
+    error_ratio: float  # root mean square errors against the source, theirs over ours
+    row_error_ratio: float  # the same of the worst row
+    worst_row: int
+    differing_blocks: float  # share
+
+    def problem(self, encoding: Encoding, *, uses_matrix: bool) -> str | None:
+        """Why no right build gives it; None where one can."""
+        searched = encoding.name.endswith("_k") or encoding.name.startswith("iq")
+        spread = gates.SEARCHED_SPREAD if searched else gates.DIRECT_SPREAD
+        if not self.row_error_ratio <= spread.row_error_ratio:
+            return (
+                f"row {self.worst_row} has {self.row_error_ratio:.3g} times the error of quantizing"
+                f" here, between builds at most {spread.row_error_ratio:g}"
+            )
+        if not self.error_ratio <= gates.OTHER_BUILD_ERROR_RATIO:
+            return (
+                f"it has {self.error_ratio:.3g} times the error of quantizing here, between builds"
+                f" at most {gates.OTHER_BUILD_ERROR_RATIO:g}"
+            )
+        if self.differing_blocks > spread.differing_blocks and not uses_matrix:
+            return (
+                f"{self.differing_blocks:.2%} of its blocks differ from quantizing here, between"
+                f" builds at most {spread.differing_blocks:.2%}, and no importance matrix is"
+                " recorded"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What is known of the quantizer that made the artifact."""
+
+    same: bool  # this machine's
+    uses_matrix: bool = False
 
 
 def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
@@ -67,7 +114,7 @@ def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
     # Matrices first: their cause is told with more certainty than a norm's.
     wrong.sort(key=lambda result: len(artifact.tensors[result.name].shape) == 1)
     for result in wrong[:_SHOWN]:
-        findings.append(name_cause(subject, result.name, result.differing_rows, result.first_row))
+        findings.append(_cause(subject, result))
     if len(wrong) > _SHOWN:
         findings.append(f"and {len(wrong) - _SHOWN} more tensors differ")
     measures: dict[str, float | int | str] = {"tensors": len(results)}
@@ -76,7 +123,10 @@ def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
             measures[match.value] = count
     others = [result for result in results if result.match is Match.OTHER_BUILD]
     if others:
-        measures["largest error over this build's"] = max(r.error_ratio for r in others)
+        distances = [result.distance for result in others if result.distance]
+        measures["largest error over this build's"] = max(d.error_ratio for d in distances)
+        measures["largest of one row"] = max(d.row_error_ratio for d in distances)
+        measures["largest share of differing blocks"] = max(d.differing_blocks for d in distances)
     if wrong:
         measures["tensors that differ"] = len(wrong)
     notes = _notes(subject, len(others))
@@ -92,6 +142,24 @@ def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
         )
     summary = f"all {len(results)} tensors of the source, none over"
     return LinkResult(LinkName.WEIGHTS, Status.PASSED, summary, measures, notes=notes)
+
+
+def _cause(subject: Subject, result: TensorResult) -> str:
+    named = name_cause(subject, result.name, result.differing_rows, result.first_row)
+    if result.distance is None:
+        return named
+    build = _build(subject)
+    return f"{named}; {result.distance.problem(result.encoding, uses_matrix=build.uses_matrix)}"
+
+
+def _build(subject: Subject) -> Build:
+    keys = subject.artifact.file.keys
+    if not subject.artifact.is_quantized:
+        return Build(same=True)
+    return Build(
+        same=keys.get(QUANTIZER_KEY) == load_ggml().fingerprint(),
+        uses_matrix=any(key.startswith(_MATRIX_PREFIX) for key in keys),
+    )
 
 
 def _notes(subject: Subject, others: int) -> tuple[str, ...]:
@@ -134,22 +202,18 @@ def _size_findings(subject: Subject) -> Iterator[str]:
 
 def _compare_all(subject: Subject, progress: Progress) -> list[TensorResult]:
     artifact, source = subject.artifact, subject.source
-    same_build = (
-        artifact.file.keys.get(QUANTIZER_KEY) == load_ggml().fingerprint()
-        if artifact.is_quantized
-        else True
-    )
+    build = _build(subject)
     pairs = [(tensor, source.tensors[name]) for name, tensor in artifact.tensors.items()]
     results = []
     with ThreadPoolExecutor(min(cores(), os.cpu_count() or 1)) as pool:
-        jobs = pool.map(lambda pair: compare_tensor(*pair, same_build=same_build), pairs)
+        jobs = pool.map(lambda pair: compare_tensor(pair[0], pair[1], build), pairs)
         for done, result in enumerate(jobs, start=1):
             results.append(result)
             progress("comparing weights", done, len(pairs))
     return results
 
 
-def compare_tensor(found: Tensor, source: Tensor, *, same_build: bool) -> TensorResult:
+def compare_tensor(found: Tensor, source: Tensor, build: Build) -> TensorResult:
     """``found`` against ``source`` put into its encoding; both laid out alike."""
     step = max(1, _CHUNK_BYTES // (4 * found.row_elements))
     rows = [(start, min(start + step, found.rows)) for start in range(0, found.rows, step)]
@@ -164,11 +228,16 @@ def compare_tensor(found: Tensor, source: Tensor, *, same_build: bool) -> Tensor
         block = Match.COPIED if copied else Match.REQUANTIZED
         match = Match.EXACT if found.encoding.is_float else block
         return TensorResult(found.name, found.encoding, match)
-    if same_build or copied or found.encoding.is_float:
-        return TensorResult(found.name, found.encoding, None, differing, first)
-    ratio = _error_ratio(found, source, rows)
-    match_other = Match.OTHER_BUILD if ratio <= gates.OTHER_BUILD_ERROR_RATIO else None
-    return TensorResult(found.name, found.encoding, match_other, differing, first, ratio)
+    wrong = TensorResult(found.name, found.encoding, None, differing, first)
+    if build.same or copied or found.encoding.is_float:
+        return wrong
+    try:
+        distance = _distance(found, source, rows)
+    except UnsupportedError:  # no way to make or to read this type here
+        return wrong
+    problem = distance.problem(found.encoding, uses_matrix=build.uses_matrix)
+    match_other = Match.OTHER_BUILD if problem is None else None
+    return dataclasses.replace(wrong, match=match_other, distance=distance)
 
 
 def _unequal_rows(found: Tensor, source: Tensor, start: int, stop: int) -> npt.NDArray[np.bool_]:
@@ -178,26 +247,52 @@ def _unequal_rows(found: Tensor, source: Tensor, start: int, stop: int) -> npt.N
     else:
         try:
             expected = encode(source.read_f32(start, stop), found.encoding)
-        except UnsupportedError:  # made with an importance matrix: judged by its error alone
+        except UnsupportedError:  # it takes an importance matrix, which is not here
             return np.ones(stop - start, dtype=np.bool_)
     unequal: npt.NDArray[np.bool_] = np.any(raw != expected, axis=1)
     return unequal
 
 
-def _error_ratio(found: Tensor, source: Tensor, rows: Sequence[tuple[int, int]]) -> float:
-    """Squared errors over all rows, the artifact's over this build's, as a ratio of roots."""
-    theirs = ours = 0.0
-    try:
-        for start, stop in rows:
-            values = source.read_f32(start, stop)
-            theirs += _squared(found.read_f32(start, stop) - values)
-            again = decode_f32(encode(values, found.encoding), found.encoding)
-            ours += _squared(again - values)
-    except UnsupportedError:  # no way to make or to read this type here
-        return float("inf")
-    return float(np.sqrt(theirs / ours)) if ours and np.isfinite(theirs) else float("inf")
+def _distance(found: Tensor, source: Tensor, rows: Sequence[tuple[int, int]]) -> BuildDistance:
+    """``found`` against quantizing the source here, from its own values or from their f16.
+
+    llama.cpp's converter goes through an f16 file: a block that equals either is no difference,
+    and a row is held against the larger of the two errors. Raises ``UnsupportedError`` for a type
+    that cannot be made or read here.
+    """
+    theirs, ours = np.zeros(found.rows), np.zeros(found.rows)  # squared, by row
+    differing = 0
+    for start, stop in rows:
+        values, raw = source.read_f32(start, stop), found.read_rows(start, stop)
+        theirs[start:stop] = _squared(found.read_f32(start, stop) - values)
+        floor = gates.LEAST_RELATIVE_ERROR**2 * _squared(values)
+        differs = np.ones(raw.size // found.encoding.block_bytes, dtype=np.bool_)
+        for origin in _origins(values):
+            again = encode(origin, found.encoding)
+            error = _squared(decode_f32(again, found.encoding) - values)
+            ours[start:stop] = np.maximum.reduce([ours[start:stop], error, floor])
+            unequal = (raw != again).reshape(-1, found.encoding.block_bytes)
+            differs &= unequal.any(axis=1)
+        differing += int(differs.sum())
+    ratios = np.sqrt(np.divide(theirs, ours, out=np.where(theirs > 0, np.inf, 1.0), where=ours > 0))
+    ratios[~np.isfinite(ratios)] = np.inf
+    worst = int(ratios.argmax())
+    whole = np.sqrt(theirs.sum() / ours.sum()) if ours.any() else ratios[worst]
+    blocks = found.elements // found.encoding.block_elements
+    return BuildDistance(float(whole), float(ratios[worst]), worst, differing / blocks)
 
 
-def _squared(difference: npt.NDArray[np.float32]) -> float:
-    flat = difference.reshape(-1).astype(np.float64)
-    return float(flat @ flat)
+def _origins(values: Floats) -> Iterator[Floats]:
+    """The values, and their f16 where f16 holds them and is not the same."""
+    yield values
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16).astype(np.float32)
+    if np.isfinite(half).all() and not np.array_equal(half, values):
+        yield half
+
+
+def _squared(rows: Floats) -> npt.NDArray[np.float64]:
+    """The squared length of every row."""
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be inf or nan
+        squared: npt.NDArray[np.float64] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return squared

@@ -117,6 +117,45 @@ def _tokenizer_past_the_embedding(folder: Path) -> str:
     return str(path)
 
 
+def _json_file(name: str, **keys: Any) -> Callable[[Path], str]:
+    """A folder in which one JSON file has other keys at the top; it is made where it is not."""
+
+    def build(folder: Path) -> str:
+        path = _tiny(folder) / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | keys))
+        return str(path.parent)
+
+    return build
+
+
+def _vocab(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:
+    """A folder whose tokenizer.json was changed; ``change`` gets all of it."""
+
+    def build(folder: Path) -> str:
+        path = _tiny(folder) / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return str(path.parent)
+
+    return build
+
+
+def _id(value: object) -> Callable[[Path], str]:
+    """A folder whose tokenizer.json gives the token "a" another id."""
+    return _vocab(lambda t: t["model"]["vocab"].update({"a": value}))
+
+
+def _extra_file(name: str, data: bytes) -> Callable[[Path], str]:
+    def build(folder: Path) -> str:
+        path = _tiny(folder)
+        (path / name).write_bytes(data)
+        return str(path)
+
+    return build
+
+
 def _spoilt(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.norm.weight"]
     tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(ODD.head_dim)
@@ -238,6 +277,13 @@ CASES = (
          ("max_position_embeddings is 4096", "a context of 512")),
     Case("theta is a string", _config(rope_theta="1e4"), ("rope_theta is '1e4'",)),
     Case("theta is zero", _config(rope_theta=0), ("rope_theta is 0",)),
+    Case("theta is huge", _config(rope_theta=10**400), ("rope_theta is too large",)),
+    Case("factor is huge", _scaling(type="linear", factor=1e30), ("the factor is 1e+30",)),
+    Case("factor of the default type", _scaling(rope_type="default", factor=8.0),
+         ("type is default, but a factor of 8",)),
+    Case("norm epsilon is huge", _config(rms_norm_eps=10**400), ("rms_norm_eps is",)),
+    Case("context beyond 32 bits", _config(max_position_embeddings=2**31),
+         ("max_position_embeddings is",)),
     Case("RoPE over half a head", _config(partial_rotary_factor=0.5),
          ("partial_rotary_factor is 0.5",)),
     Case("no context", _config(max_position_embeddings=None),
@@ -255,8 +301,11 @@ CASES = (
     Case("no architecture", _config(architectures=None, model_type=None), ("architecture None",)),
     Case("sizes are missing", _config(num_hidden_layers=None, hidden_size="96"),
          ("num_hidden_layers is missing", "hidden_size is '96'")),
-    Case("more layers than there can be", _config(num_hidden_layers=2**31 - 1),
-         ("num_hidden_layers is 2147483647",)),
+    *(
+        Case(f"{layers} layers", _config(num_hidden_layers=layers),
+             (f"num_hidden_layers is {layers}",))
+        for layers in (2_000_000, 2**31 - 1)
+    ),
     Case("GGUF with more layers than there can be", _gguf(llama__block_count=50_000_000),
          ("block_count is 50000000",)),
     Case("heads do not divide", _config(num_key_value_heads=4), ("6 heads do not divide",)),
@@ -279,6 +328,42 @@ CASES = (
     Case("no tokenizer", _without_tokenizer, ("tokenizer",)),
     Case("tokenizer past the embedding", _tokenizer_past_the_embedding,
          ("ids up to 512", "512 rows")),
+    *(
+        Case(f"token id {value!r}", _id(value), ("tokenizer.json", f"'a' has id {value!r}"))
+        for value in (-2, "5", 5.0, True, None)
+    ),
+    Case("two tokens with one id", _id(20), ("tokenizer.json", "id 20 is given to")),
+    Case("added token with a negative id",
+         _vocab(lambda t: t["added_tokens"][0].update(id=-1)), ("tokenizer.json", "has id -1")),
+    Case("added token with the id of another",
+         _vocab(lambda t: t["added_tokens"].append(dict(t["added_tokens"][0], id=20,
+                                                        content="<|other|>"))),
+         ("tokenizer.json", "'<|other|>' has id 20", "gives to")),
+    Case("added token is a text", _vocab(lambda t: t["added_tokens"].append("<s>")),
+         ("tokenizer.json", "added_tokens has '<s>'")),
+    Case("added tokens are a number", _vocab(lambda t: t.update(added_tokens=5)),
+         ("tokenizer.json", "added_tokens is 5")),
+    Case("merges are numbers", _vocab(lambda t: t["model"].update(merges=[1])),
+         ("tokenizer.json", "merge 1 does not have two parts")),
+    Case("merges are pairs of numbers", _vocab(lambda t: t["model"].update(merges=[[1, 2]])),
+         ("tokenizer.json", "merge [1, 2] does not have two parts")),
+    *(
+        Case(f"tokenizer.json {depth} deep", _extra_file("tokenizer.json",
+             b'{"model":' + b"[" * depth + b"]" * depth + b"}"), ("tokenizer.json",))
+        for depth in (100, 1_000, 200_000)
+    ),
+    Case("chat template is not UTF-8", _extra_file("chat_template.jinja", b"\xff"),
+         ("chat_template.jinja: not UTF-8",)),
+    Case("chat templates are texts", _json_file("tokenizer_config.json", chat_template=["x"]),
+         ("tokenizer_config.json: chat_template has an entry",)),
+    Case("chat template is a number", _json_file("tokenizer_config.json", chat_template=5),
+         ("tokenizer_config.json: chat_template is int",)),
+    Case("special tokens are true",
+         _json_file("tokenizer_config.json", additional_special_tokens=True),
+         ("tokenizer_config.json: additional_special_tokens is True",)),
+    Case("added_tokens_decoder with a long id",
+         _json_file("tokenizer_config.json", added_tokens_decoder={"1" * 5000: {"content": "x"}}),
+         ("tokenizer_config.json: added_tokens_decoder has an entry",)),
     # GGUF
     Case("GGUF of another format", _gguf(lambda b: b"GGML" + b[4:]), ("GGML",)),
     Case("GGUF truncated", _gguf(lambda b: b[:-5000]), ("tiny.gguf",)),
@@ -290,6 +375,9 @@ CASES = (
          _gguf(llama__rope__scaling__type="none", llama__rope__scaling__factor=8.0),
          ("rope.scaling.type is none, but a factor of 8",)),
     Case("GGUF with yarn", _gguf(llama__rope__scaling__type="yarn"), ("yarn",)),
+    Case("GGUF with a theta of 0", _gguf(llama__rope__freq_base=0.0), ("rope.freq_base is 0",)),
+    Case("GGUF with an attention factor of 0", _gguf(llama__rope__scaling__attn_factor=0.0),
+         ("rope.scaling.attn_factor is 0",)),
     Case("GGUF with a string factor", _gguf(llama__rope__scaling__factor="8"),
          ("rope.scaling.factor is '8'",)),
     Case("GGUF with an unknown pre-tokenizer", _gguf(tokenizer__ggml__pre="nonsense"),

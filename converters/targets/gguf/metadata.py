@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from converters.architectures.hparams import write_gguf_hparams
 from converters.checkpoint import Checkpoint, ModelCard
 from converters.containers.gguf import ARCHITECTURE_KEY, ValueType
+from converters.errors import SourceError
 from converters.rope.gguf import write_gguf as write_gguf_rope
 from converters.tokenizers import vocabulary_to_gguf
 
@@ -26,6 +27,7 @@ HASH_PLACEHOLDER = "0" * 64  # the source's hash is known when its last tensor h
 _QUANTIZATION_VERSION = 2  # ggml.h GGML_QNT_VERSION
 _HUB_URL = "https://huggingface.co/"
 _GENERATION_CONFIG = "generation_config.json"
+_INT32_MAX, _FLOAT32_MAX = 2**31 - 1, float.fromhex("0x1.fffffep127")
 
 # generation_config.json's key -> the end of general.sampling.*, and its type.
 _SAMPLING: Mapping[str, tuple[str, ValueType]] = {
@@ -101,15 +103,27 @@ def _sampling(generation_config: bytes | None) -> dict[str, object]:
         return {}
     try:
         settings = json.loads(generation_config)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(settings, dict):
         return {}
     return {
-        f"general.sampling.{name}": settings[key]
-        for key, (name, _) in _SAMPLING.items()
+        f"general.sampling.{name}": _setting(settings[key], key, kind)
+        for key, (name, kind) in _SAMPLING.items()
         if isinstance(settings.get(key), int | float) and not isinstance(settings[key], bool)
     }
+
+
+def _setting(value: float, key: str, kind: ValueType) -> float:
+    """A number that its type holds; ``SourceError`` for another."""
+    largest = _INT32_MAX if kind is ValueType.INT32 else _FLOAT32_MAX
+    if not abs(value) <= largest or (kind is ValueType.INT32 and value != int(value)):
+        wanted = "a whole number" if kind is ValueType.INT32 else "a number"
+        raise SourceError(
+            f"{_GENERATION_CONFIG}: {key} is {value!r}",
+            hint=f"Expected {wanted} of 32 bits; correct the file or remove it.",
+        )
+    return int(value) if kind is ValueType.INT32 else value
 
 
 def _version() -> str:

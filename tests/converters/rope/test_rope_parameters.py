@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from converters.errors import RopeError
+from converters.errors import RopeError, UnsupportedError
 from converters.rope import Llama3Scaling, RopeParameters
 from converters.rope.config import RopeContext, read_config, write_config
 from converters.rope.gguf import effective_rope, read_gguf, write_gguf
@@ -200,6 +201,38 @@ def test_an_edited_record_is_found() -> None:
         read_config({**keys, "rope_parameters": block}, RopeContext("config.json", 128))
 
 
+@pytest.mark.parametrize(
+    ("change", "top", "fragment"),
+    [
+        ({"short_factor": ["a"]}, {}, r"short_factor\[0\] is 'a'"),
+        ({"long_factor": 5}, {}, "long_factor is 5"),
+        ({"long_factor": [1e39] * 64}, {}, "beyond float32"),
+        ({"short_mscale": 1.5}, {}, "short_mscale is 1.5"),
+        ({"attention_factor": None}, {}, "attention_factor is missing"),
+        ({"original_max_position_embeddings": 4096}, {}, "contradictory values"),
+        ({}, {"max_position_embeddings": 10**6}, "gives a context of 262144"),
+    ],
+)
+def test_a_record_that_is_contradicted_is_refused(
+    change: dict[str, object], top: dict[str, object], fragment: str
+) -> None:
+    keys = write_config(ROPES[3])
+    blocks = {
+        name: {**keys[name], **change}  # type: ignore[dict-item]
+        for name in ("rope_parameters", "rope_scaling")
+    }
+    with pytest.raises((RopeError, UnsupportedError), match=fragment):
+        read_config({**keys, **blocks, **top}, RopeContext("config.json", 128))
+
+
+def test_original_context_stands_over_a_record() -> None:
+    keys = write_config(ROPES[3])
+    read = read_config(keys, RopeContext("config.json", 128, original_context=2**18 - 1))
+    assert (read.original_context, read.context) == (2**18 - 1, 2**18)
+    with pytest.raises(RopeError, match="--original-context 65536"):
+        read_config(keys, RopeContext("config.json", 128, original_context=65536))
+
+
 def test_uniform_ratio_names_the_factor_in_buffers() -> None:
     rope = RopeParameters(10000.0, 64, 2048, 2048)
     found = rope.interpolate(4).inv_freq()
@@ -220,12 +253,33 @@ def test_type_none_with_a_factor_is_refused() -> None:
 
 
 def test_llama3s_original_context_at_the_top_wins_in_transformers(tmp_path: Path) -> None:
-    """The oracle for refusing two different ones: transformers takes the one at the top."""
-    keys = {k: v for k, v in write_config(ROPES[2]).items() if v is not None}
-    with pytest.raises(RopeError, match="4096 at the top and 8192 inside"):
-        read_config({**keys, "original_max_position_embeddings": 4096}, RopeContext("c", 128))
-    same = {**keys, "original_max_position_embeddings": 8192}
-    assert read_config(same, RopeContext("c", 128)).llama3 == LLAMA31
+    """Two that differ are refused; one, or two that agree, mean what transformers computes."""
+    key = "original_max_position_embeddings"
+    keys = write_config(ROPES[2])
+    block = dict(keys["rope_parameters"])  # type: ignore[call-overload]
+    bare = {name: value for name, value in block.items() if name != key}
+    about = RopeContext("config.json", 128)
+
+    def transformers_inv_freq(inside: dict[str, object], top: int) -> np.ndarray:
+        from transformers.models.llama.configuration_llama import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        config = LlamaConfig(
+            hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=dict(inside),
+            max_position_embeddings=131072, **{key: top},
+        )  # fmt: skip
+        return LlamaRotaryEmbedding(config).inv_freq.numpy()
+
+    at_top = dataclasses.replace(ROPES[2], llama3=Llama3Scaling(8.0, 1.0, 4.0, 4096))
+    assert ulp_distance(at_top.inv_freq(), transformers_inv_freq(block, 4096)) <= ULP
+    with pytest.raises(RopeError, match=f"{key} 4096, rope_parameters.{key} 8192"):
+        read_config({**keys, "rope_scaling": None, key: 4096}, about)
+    for inside in (block, bare):
+        read = read_config({**keys, "rope_scaling": None, "rope_parameters": inside, key: 8192},
+                           about)  # fmt: skip
+        assert ulp_distance(read.inv_freq(), transformers_inv_freq(inside, 8192)) <= ULP
+    with pytest.raises(RopeError, match=f"{key} is missing"):
+        read_config({**keys, "rope_scaling": None, "rope_parameters": bare}, about)
 
 
 @pytest.mark.parametrize("factor", [8.0, "8"])

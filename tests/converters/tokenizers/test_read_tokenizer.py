@@ -181,7 +181,7 @@ def test_no_tokenizer_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no tokenizer"):
         read(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not JSON"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not valid JSON"):
         read(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.errors import ConvertError, EnvironmentNotReadyError, SourceError
+from converters.errors import ConvertError, EnvironmentNotReadyError, SourceError, UnsupportedError
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, write_gguf
 from pi_convert.evaluate.statistics import kl_divergence
@@ -203,6 +203,36 @@ def test_a_file_that_aborts_llama_cpp_does_not_take_this_process(
 
     broken = edit_rope(model[2], tmp_path / "ntk.gguf", {"rope.scaling.type": "ntk"})
     assert "signal 6" in (load_in_child(broken) or "")
+
+
+def test_a_child_that_the_machine_fails_says_nothing_of_the_file(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "pi_convert.runtimes.llamacpp"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}._CHILD", "import os; os.kill(os.getpid(), 9)")
+        with pytest.raises(EnvironmentNotReadyError, match="killed"):
+            load_in_child(model[2])
+        patch.setattr(f"{module}._CHILD", "import sys; print('no room'); sys.exit(4)")
+        with pytest.raises(EnvironmentNotReadyError, match="no room"):
+            load_in_child(model[2])
+        patch.setattr(f"{module}._CHILD", "import time; time.sleep(60)")
+        patch.setattr(f"{module}._CHILD_SECONDS", 0.2)
+        with pytest.raises(EnvironmentNotReadyError, match="within"):
+            load_in_child(model[2])
+    # What lies in the current folder is not taken for the library.
+    (tmp_path / "llama_cpp.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert load_in_child(model[2]) is None
+
+
+def test_sizes_that_transformers_refuses_are_named(model: Any) -> None:
+    checkpoint: Checkpoint = model[0]
+    if checkpoint.architecture.gguf_name != "llama":
+        pytest.skip("transformers checks this for llama only")
+    sizes = dataclasses.replace(checkpoint.hparams, heads=7)
+    with pytest.raises(UnsupportedError, match=r"7 heads: .*not a multiple"):
+        TorchModel(dataclasses.replace(checkpoint, hparams=sizes))
 
 
 def test_llama_cpps_tokenizer_reads_special_tokens_only_where_told(model: Any) -> None:

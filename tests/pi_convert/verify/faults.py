@@ -31,6 +31,7 @@ class Fault:
     link: str
     cause: str
     architectures: tuple[str, ...] = ("llama", "qwen2")
+    ftypes: tuple[str, ...] = ("f16", "q4_k_m")
     head: str | None = None  # the model has to be "tied" or "untied"
 
 
@@ -173,6 +174,54 @@ def _bit(file: EditableGguf, draw: random.Random) -> str:
     return f"bit {bit} of byte {at} of {name}"
 
 
+def _forget(file: EditableGguf) -> None:
+    """What a file of another build says of its quantizer: nothing."""
+    del file.keys["pi_convert.quantizer"]
+
+
+def _zeroed_row(file: EditableGguf, draw: random.Random) -> str:
+    name, tensor = _draw_k_quant(file, draw)
+    raw, row = tensor.raw.copy(), draw.randrange(tensor.shape[0])
+    raw[row] = 0
+    file.tensors[name] = dataclasses.replace(tensor, raw=raw)
+    _forget(file)
+    return f"row {row} of {name} zeroed, fingerprint removed"
+
+
+def _scale_bit(file: EditableGguf, draw: random.Random) -> str:
+    name, tensor = _draw_k_quant(file, draw)
+    raw, row, bit = tensor.raw.copy(), draw.randrange(tensor.shape[0]), draw.randrange(7)
+    raw[row, 1] ^= 1 << bit  # the upper byte of a block's float16 scale
+    file.tensors[name] = dataclasses.replace(tensor, raw=raw)
+    _forget(file)
+    return f"bit {bit + 8} of a scale in row {row} of {name}, fingerprint removed"
+
+
+def _draw_k_quant(file: EditableGguf, draw: random.Random) -> tuple[str, StoredTensor]:
+    q4_k = gguf.GGMLQuantizationType.Q4_K
+    name = draw.choice([n for n, t in file.tensors.items() if t.type == q4_k])
+    return name, file.tensors[name]
+
+
+def _template_dropped(file: EditableGguf, draw: random.Random) -> str:
+    del file.keys["tokenizer.chat_template"]
+    return "chat template removed"
+
+
+def _eot_injected(file: EditableGguf, draw: random.Random) -> str:
+    token = draw.randrange(300, 500)
+    file.set_key("tokenizer.ggml.eot_token_id", token)
+    return f"EOT {token}"
+
+
+def _zero(key: str) -> Inject:
+    def inject(file: EditableGguf, draw: random.Random) -> str:
+        file.set(key, 0.0)
+        return f"{key} 0"
+
+    return inject
+
+
 def _head_lost(file: EditableGguf, draw: random.Random) -> str:
     del file.tensors["output.weight"]
     return "output.weight removed: llama.cpp ties the head"
@@ -249,6 +298,8 @@ FAULTS = (
     Fault("attention factor", _attention, "rope", "attn_factor is"),
     Fault("stray rope_freqs", _stray_factors, "rope", "stray rope_freqs"),
     Fault("theta", _theta, "rope", "freq_base is .* expected"),
+    Fault("theta 0", _zero(THETA), "rope", "freq_base is 0"),
+    Fault("attention factor 0", _zero("rope.scaling.attn_factor"), "rope", "attn_factor is 0"),
     Fault("context_length", _context, "rope", "context_length is .* expected"),
     Fault(
         "q and k not permuted",
@@ -260,10 +311,26 @@ FAULTS = (
     Fault("two kv heads swapped", _heads_swapped, "weights", "heads in another order"),
     Fault("k and v swapped", _key_and_value_swapped, "weights", "holds model.layers.*[kv]_proj"),
     Fault("one bit of a weight", _bit, "weights", "differs in (one element|1 of)"),
+    Fault(
+        "one row zeroed, fingerprint removed",
+        _zeroed_row,
+        "weights",
+        "row [0-9]+ has .* times the error",
+        ftypes=("q4_k_m",),
+    ),
+    Fault(
+        "one bit of a scale, fingerprint removed",
+        _scale_bit,
+        "weights",
+        "row [0-9]+ has .* times the error",
+        ftypes=("q4_k_m",),
+    ),
     Fault("norm epsilon", _norm_eps, "weights", "norm_eps is"),
     Fault("untied head lost", _head_lost, "weights", "output.weight is missing", head="untied"),
     Fault("tied head lost", _head_added, "weights", "output.weight is not", head="tied"),
     Fault("tokenizer pre", _pre, "tokenizer", "tokenizer.ggml.pre is"),
+    Fault("chat template dropped", _template_dropped, "tokenizer", "chat template is missing"),
+    Fault("EOT injected", _eot_injected, "tokenizer", "the eot token is"),
     Fault("BOS", _bos, "tokenizer", "the bos token is"),
     Fault("two tokens swapped", _token, "tokenizer", "token [0-9]+ is"),
 )

@@ -190,6 +190,47 @@ def test_full_gates_quality_by_the_margins(export: Exporter) -> None:
     assert between.outcome is Outcome.INCONCLUSIVE
 
 
+def test_what_stops_quality_says_nothing_against_execution(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise SourceError("no documents")
+
+    monkeypatch.setattr("pi_convert.verify.quality.judge_quality", stop)
+    right = export("f16")
+    verdict = run(right.path, right.source, 8.0, preset="full")
+    assert verdict.link(LinkName.EXECUTION).status is Status.PASSED
+    assert verdict.link(LinkName.QUALITY).cause == "no documents"
+
+
+def test_a_run_that_llama_cpp_refuses_is_a_finding_of_rope(
+    export: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise SourceError("llama.cpp cannot evaluate 512 tokens")
+
+    monkeypatch.setattr("pi_convert.verify.rope._Identity._run", refuse)
+    right = export("f16")
+    link = run(right.path, right.source, 8.0).link(LinkName.ROPE)
+    assert link.status is Status.FAILED
+    assert link.cause == "llama.cpp cannot evaluate 512 tokens"
+
+
+def test_another_tool_may_leave_out_what_no_text_shows(export: Exporter, tmp_path: Path) -> None:
+    right = export("f16")
+
+    def foreign(file: Any) -> None:
+        del file.keys["pi_convert.version"]
+        del file.keys["tokenizer.chat_template"]
+        del file.keys["tokenizer.ggml.unknown_token_id"]
+
+    verdict = run(edit(right.path, tmp_path / "foreign.gguf", foreign), right.source, 8.0)
+    assert verdict.outcome is Outcome.PROVEN, verdict.to_json()
+    notes = verdict.link(LinkName.TOKENIZER).notes
+    assert "the chat template is missing" in notes
+    assert any(note.startswith("the unknown token is none") for note in notes)
+
+
 def test_quick_reports_quality_and_what_interpolation_costs(export: Exporter) -> None:
     right = export("f16")
     verdict = run(right.path, right.source, 8.0)
