@@ -38,8 +38,9 @@ test: install-dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not gpu and not client"
 
+# Other tools' environments; their tests stand in tests/clients.
 test-clients: install-dev
-	$(BIN)/python -m pytest -m client || [ $$? -eq 5 ]
+	if [ -d tests/clients ]; then $(BIN)/python -m pytest -m client tests/clients; fi
 
 check: install-dev
 	$(BIN)/ruff check

@@ -25,7 +25,7 @@ from converters.content_hash import content_hash, tensor_hash
 from converters.errors import OutputError, SourceError, TensorError
 from converters.files import sha256_file
 from converters.sources import open_checkpoint
-from converters.targets.gguf import metadata, plan_gguf, stream, write_gguf
+from converters.targets.gguf import metadata, plan_gguf, readback, stream, write_gguf
 from converters.targets.gguf.ggml import load_ggml
 from converters.tensor import Tensor
 from tests.tiny import ODD, ODD4, Shape, write_tiny
@@ -273,9 +273,40 @@ def test_a_wrong_frequency_read_back_removes_the_output(
     right = metadata.write_gguf_rope
     monkeypatch.setattr(metadata, "write_gguf_rope", lambda rope: {**right(rope), key: value})
     checkpoint = opened(tmp_path / "m", shape=ODD).interpolate(8)
-    with pytest.raises(OutputError, match="read back"):
+    with pytest.raises(OutputError, match=r"reads (other frequencies|the contexts)"):
         export(checkpoint, tmp_path / "out", "f16")
     assert left_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("other", ["gguf-py", "ggml"])
+def test_each_reader_judges_a_file_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    right, name = metadata.write_gguf_rope, f"_read_with_{other.replace('-', '_')}"
+    checkpoint = opened(tmp_path / "m", shape=ODD).interpolate(8)
+    seen = getattr(readback, "_read_with_gguf_py" if other == "ggml" else "_read_with_ggml")
+    monkeypatch.setattr(readback, name, seen)  # the other one reads twice, this one never
+    monkeypatch.setattr(metadata, "write_gguf_rope", lambda r: {**right(r), "rope.freq_base": 1e3})
+    judge = "ggml" if other == "gguf-py" else "gguf-py"
+    with pytest.raises(OutputError, match=f"{judge} reads other frequencies"):
+        export(checkpoint, tmp_path / "out", "f16")
+
+
+@pytest.mark.parametrize("length", [1, readback._LONG_ARRAY + 1])
+def test_long_arrays_are_stepped_over_and_the_rest_is_gguf_pys(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.tokens", [f"é{i}" for i in range(length)])
+    writer.add_array("tokenizer.ggml.scores", [0.5] * length)
+    writer.add_float32("llama.rope.freq_base", 10000.0)
+    writer.add_tensor("a", np.ones((3, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    full, seen = gguf.GGUFReader(path), readback._read_with_gguf_py(path, "llama")
+    assert seen.keys == {"rope.freq_base": 10000.0}
+    assert seen.tensors == [("a", 0, full.tensors[0].data_offset, 3 * 32 * 4)]
 
 
 def test_ctrl_c_stops_the_pool_and_leaves_nothing(
@@ -322,7 +353,7 @@ from converters.targets.gguf import plan_gguf, write_gguf
 checkpoint = open_checkpoint(sys.argv[1]).interpolate(8.0)
 plans = plan_gguf(checkpoint, ["f16", "q8_0"], allow_requantize=True)
 write_gguf(checkpoint, plans, Path(sys.argv[2]), threads=2)
-assert not {"gguf", "torch", "llama_cpp", "transformers"} & sys.modules.keys(), "loaded in vain"
+assert not {"torch", "llama_cpp", "transformers"} & sys.modules.keys(), "loaded in vain"
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(status["VmHWM"].split()[0])  # ru_maxrss would start at that of the process that forked
 """
