@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import OutputError
+from converters.errors import ConvertError, OutputError
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".pi-convert-partial"
@@ -34,13 +34,19 @@ def sha256_file(path: Path) -> str:
 
 
 def require_free_space(folder: Path, size_bytes: int) -> None:
-    """Raises ``OutputError`` unless ``folder`` has room for ``size_bytes`` more."""
-    free = shutil.disk_usage(folder).free
+    """Raises ``OutputError`` unless ``folder``, there or yet to be made, has room for that."""
+    free = shutil.disk_usage(_nearest_folder(folder)).free
     if free < size_bytes:
         raise OutputError(
             f"{folder}: {size_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB free",
             hint="Free some space or give another --out.",
         )
+
+
+def _nearest_folder(path: Path) -> Path:
+    """``path`` or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
@@ -114,34 +120,75 @@ def _replacing(outputs: Sequence[_Output], *, force: bool) -> Iterator[list[Path
             if place is None:
                 raise
             raise _explain(error, place) from error
+        except ConvertError as error:
+            _name_outputs(error, outputs)
+            raise
         _settle(outputs)
 
 
 @contextlib.contextmanager
 def _claimed(output: _Output) -> Iterator[None]:
     """The partial, empty and locked; removed at the end unless it has become the output."""
+    with _folders_above(output):
+        try:
+            descriptor = _open_locked(output)
+        except OSError as error:
+            raise _explain(error, output.path) from error
+        try:
+            try:
+                _recover(output)
+                _empty(output.partial, descriptor)
+            except OSError as error:
+                raise _explain(error, output.path) from error
+            yield
+        finally:
+            _release(output, descriptor)
+
+
+def _release(output: _Output, descriptor: int) -> None:
     try:
-        output.path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output.path.parent, os.W_OK):
-            raise OutputError(f"{output.path.parent} is not writable", hint="Give another --out.")
-        descriptor = _open_locked(output)
-    except OSError as error:
-        raise _explain(error, output.path) from error
+        if _is_at(descriptor, output.partial):
+            _remove(output.partial)
+    except OSError as error:  # such as a disk that became read-only; the next run removes it
+        _log.warning("%s is left behind: %s", output.partial, error.strerror)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _folders_above(output: _Output) -> Iterator[None]:
+    """The folders that ``output`` stands in; on any error those made here are removed again."""
+    parent = output.path.parent
+    made: list[Path] = []
     try:
         try:
-            _recover(output)
-            _empty(output.partial, descriptor)
+            _make_folders(parent, made)
+            if not os.access(parent, os.W_OK):
+                raise OutputError(f"{parent} is not writable", hint="Give another --out.")
         except OSError as error:
             raise _explain(error, output.path) from error
         yield
-    finally:
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # something else has been put there meanwhile
+                folder.rmdir()
+        raise
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Makes ``folder`` and those above it; what was made is in ``made`` whenever Ctrl-C comes."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for child in reversed(missing):
+        made.append(child)
         try:
-            if _is_at(descriptor, output.partial):
-                _remove(output.partial)
-        except OSError as error:  # such as a disk that became read-only; the next run removes it
-            _log.warning("%s is left behind: %s", output.partial, error.strerror)
-        finally:
-            os.close(descriptor)
+            child.mkdir()
+        except FileExistsError:  # by another run just now, so it is not ours to remove
+            made.remove(child)
+            if not child.is_dir():
+                raise
 
 
 def _open_locked(output: _Output) -> int:
@@ -302,8 +349,21 @@ def _place_of(error: OSError, outputs: Sequence[_Output]) -> Path | None:
     return None
 
 
+def _name_outputs(error: ConvertError, outputs: Sequence[_Output]) -> None:
+    """Puts an output's name where what was raised names its partial, which is gone by then."""
+    for output in outputs:
+        error.message, error.hint = _named(error.message, output), _named(error.hint, output)
+    error.args = (error.message,)
+
+
+def _named(text: str, output: _Output) -> str:
+    return text.replace(output.partial.name, output.path.name)
+
+
 def _explain(error: OSError, path: Path) -> OutputError:
-    about = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+    output = _Output(path, is_folder=False)
+    named = _named(str(error.filename or path), output)
+    about = "" if named == str(path) else f" ({named})"
     return OutputError(
         f"{path}: {error.strerror or error}{about}",
         hint="Nothing was written; what was there is whole.",

@@ -3,22 +3,29 @@
 Exit codes: 0 done; 1 bad input or failure; 2 wrong use of the command line; 3 not proven.
 """
 
-from __future__ import annotations
-
-import importlib
-import logging
-import os
 import sys
-from typing import NoReturn
 
-import click
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
 
-from converters.errors import ConvertError
+try:  # these take most of the time until ``run`` can answer a Ctrl-C
+    import errno
+    import importlib
+    import logging
+    import os
+    from typing import NoReturn
+
+    import click
+
+    from converters.errors import ConvertError
+except KeyboardInterrupt:
+    sys.stderr.write("interrupted\n")
+    raise SystemExit(EXIT_INTERRUPTED) from None
 
 # name -> first line of its help, so that listing the commands imports none of them. A test holds
 # these lines equal to the commands' docstrings.
 COMMANDS = {
-    "export": "Write a checkpoint as GGUF or safetensors, with its RoPE interpolated.",
+    "export": "Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.",
     "verify": "Prove that an artifact is its source with the expected RoPE.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
     "check": "Audit a GGUF file's metadata, of any architecture.",
@@ -27,8 +34,15 @@ COMMANDS = {
     "doctor": "Show versions, libraries and devices, and what is missing.",
 }
 
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
+_log = logging.getLogger(__name__)
+_OS_HINTS = {
+    errno.EACCES: "Check the permissions of it and of the folders above it.",
+    errno.EPERM: "Check the permissions of it and of the folders above it.",
+    errno.ENOENT: "Check the path; something may have removed it meanwhile.",
+    errno.ENOSPC: "Free some space.",
+    errno.EIO: "Check the disk or the network file system that it is on.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+}
 
 
 class LazyGroup(click.Group):
@@ -84,25 +98,33 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of a command line. Bugs keep their traceback."""
+    """The exit code of a command line. Bugs keep their traceback; an ``OSError`` is none."""
     try:
         result = cli.main(arguments, prog_name="pi-convert", standalone_mode=False)
-    except click.exceptions.Abort:
-        return _interrupted()
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         return _interrupted()
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except ConvertError as error:
-        _complain(f"error: {error.message}")
-        if error.hint:
-            _complain(f"hint: {error.hint}")
-        return EXIT_FAILURE
+        return _failed(error.message, error.hint)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except OSError as error:
+        if error.errno is None:  # such as a library that cannot be loaded
+            raise
+        _log.debug("%s", error, exc_info=True)
+        path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return _failed(f"{path}{error.strerror}", _OS_HINTS.get(error.errno, ""))
     return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, hint: str) -> int:
+    _complain(f"error: {message}")
+    if hint:
+        _complain(f"hint: {hint}")
+    return EXIT_FAILURE
 
 
 def _complain(text: str) -> None:

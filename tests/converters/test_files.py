@@ -63,6 +63,68 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     assert partials(target.parent) == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(errno.EIO, "EIO")])
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
+def test_an_error_leaves_none_of_the_folders_that_were_made(
+    tmp_path: Path, kind: str, error: type[BaseException]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    target = tmp_path / "mine" / "b" / "c" / "x"
+    with pytest.raises(BaseException), getattr(files, kind)(target, force=False):  # noqa: B017, PT011
+        assert target.parent.is_dir()  # negative control
+        raise error
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_folders_that_somebody_else_uses_by_now_stay(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "x"
+    with pytest.raises(ValueError, match="stop"), atomic_file(target, force=False):
+        (tmp_path / "a" / "theirs").write_text("theirs")
+        raise ValueError("stop")
+    assert contents(tmp_path / "a") == {"theirs": "theirs"}
+
+
+def test_ctrl_c_amid_making_folders_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def interrupted(self: Path, mode: int = 0o777) -> None:
+        mkdir(self, mode)
+        if self.name == "b":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    target = tmp_path / "a" / "b" / "c" / "x"
+    with pytest.raises(KeyboardInterrupt), atomic_file(target, force=False):
+        pytest.fail("the body ran")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_a_folder_above_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    target = tmp_path / "file" / "deep" / "x"
+    refused = pytest.raises(OutputError, match=f"{target}: Not a directory")
+    with refused, atomic_file(target, force=False):
+        pytest.fail("the body ran")
+
+
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
+def test_what_is_said_of_the_partial_names_the_output(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "x"
+    with pytest.raises(OutputError) as raised, getattr(files, kind)(target, force=False) as partial:
+        assert ".pi-convert-partial" in str(partial)  # negative control
+        raise OutputError(f"{partial}/config.json: wrong", hint=f"See {partial.name}.")
+    assert raised.value.message == str(raised.value.args[0]) == f"{target}/config.json: wrong"
+    assert raised.value.hint == "See x."
+    inside = [OSError(errno.EIO, "I/O error", str(partial / "y")), OSError(errno.EIO, "I/O error")]
+    for error in inside:
+        with pytest.raises(OutputError) as raised, getattr(files, kind)(target, force=False):
+            raise error
+        assert str(target) in raised.value.message
+        assert "partial" not in str(raised.value)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, MemoryError])
 def test_an_error_keeps_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "x.gguf"
@@ -325,6 +387,9 @@ def test_free_space_is_asked_first(tmp_path: Path) -> None:
     require_free_space(tmp_path, 1)
     with pytest.raises(OutputError, match="MiB free"):
         require_free_space(tmp_path, 1 << 60)
+    require_free_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(OutputError, match=f"{tmp_path}/not/there: .* MiB free"):
+        require_free_space(tmp_path / "not" / "there", 1 << 60)
 
 
 def test_sha256_is_hashlibs(tmp_path: Path) -> None:

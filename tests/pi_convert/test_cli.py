@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -68,6 +71,8 @@ def test_a_scale_that_is_none_is_wrong_use(
         ["export", "--to", "gguf", "--scale", "8", "--verify", "quick", "--dry-run"],
         ["export", "--to", "gguf", "--scale", "8", "--allow-requantize"],
         ["export", "--to", "safetensors", "--scale", "8", "--threads", "2"],
+        ["export", "--to", "gguf", "--scale", "8", "--quantize", "q9_z"],
+        ["quants", "--scale", "0.5"],
         ["unknown"],
         ["verify"],
     ],
@@ -86,6 +91,70 @@ def test_a_missing_model_is_one_clear_error(
     assert "nowhere" in error
     assert "hint: " in error
     assert "Traceback" not in error
+
+
+def test_an_unknown_type_is_named_with_those_that_are_known(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(tmp_path / "nowhere"), "--to", "gguf", "--scale", "8"]
+    assert cli.run([*words, "--quantize", "Q8_0", "--quantize", "q9_z"]) == 2
+    error = capfd.readouterr().err
+    for text in ("'q9_z'", "q4_k_m", "pi-convert quants"):
+        assert text in error
+    assert "'Q8_0'" not in error
+    assert cli.run([*words, "--quantize", "Q8_0"]) == 1  # negative control: the model is missing
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def main(*args: object, **options: object) -> object:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT])
+def test_an_error_of_the_system_is_one_clear_line(
+    code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reason = os.strerror(code)
+    monkeypatch.setattr(cli.cli, "main", raising(OSError(code, reason, "/model/config.json")))
+    assert cli.run(["doctor"]) == 1
+    error, hint = capfd.readouterr().err.splitlines()
+    assert error == f"error: /model/config.json: {reason}"
+    assert hint.startswith("hint: Check")
+
+
+def test_an_error_of_the_system_without_a_path_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.cli, "main", raising(OSError(errno.ENOMEM, "Cannot allocate memory")))
+    assert cli.run(["doctor"]) == 1
+    assert capfd.readouterr().err == "error: Cannot allocate memory\n"
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyError("a bug"), OSError("no errno")])
+def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.cli, "main", raising(bug))
+    with pytest.raises(type(bug)) as raised:
+        cli.run(["doctor"])
+    assert raised.value is bug
+
+
+@pytest.mark.parametrize("module", ["click", "converters.errors"])
+def test_ctrl_c_while_the_program_loads_is_one_line(module: str, tmp_path: Path) -> None:
+    """What is imported first raises what Python raises where a Ctrl-C comes at that moment."""
+    package, _, name = module.rpartition(".")
+    folder = tmp_path / package
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").touch()
+    (folder / f"{name}.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-c",
+         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+         "from pi_convert.cli import main\nmain()"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_python_m_runs_it() -> None:

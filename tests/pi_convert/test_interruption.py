@@ -50,17 +50,28 @@ def partials(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.name != NAME]
 
 
-def start_and_signal(model: Path, out: Path, sent: signal.Signals) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        command(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_and_signal(
+    model: Path, out: Path, sent: signal.Signals, target: str = "gguf"
+) -> subprocess.Popen[str]:
+    words = [target if word == "gguf" else word for word in command(model, out)]
+    if target != "gguf":
+        del words[words.index("--quantize") : words.index("--out")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in partials(out)):  # until data are being written
+    while not (out.is_dir() and any(map(holds_data, partials(out)))):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(sent)
     return process
+
+
+def holds_data(path: Path) -> bool:
+    try:
+        files = path.rglob("*") if path.is_dir() else [path]
+        return any(file.stat().st_size for file in files)
+    except FileNotFoundError:
+        return False
 
 
 def tmpfs(folder: Path, options: str) -> tuple[str, str]:
@@ -85,6 +96,17 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(model: Path, tmp_path: Path
     assert "Traceback" not in error
     assert (tmp_path / NAME).read_bytes() == OLD
     assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+def test_ctrl_c_leaves_none_of_the_folders_it_made(
+    model: Path, tmp_path: Path, target: str
+) -> None:
+    process = start_and_signal(model, tmp_path / "a" / "b" / "c", signal.SIGINT, target)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1].startswith("interrupted")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sigkill_leaves_one_partial_that_the_next_run_removes(model: Path, tmp_path: Path) -> None:
