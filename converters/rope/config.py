@@ -17,6 +17,7 @@ from converters.errors import RopeError, UnsupportedError
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
 from converters.rope.parameters import FloatArray, Llama3Scaling, RopeParameters, ulp_distance
 
+LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 MAX_INTEGER = 2**63 - 1  # beyond it a JSON number is no size of anything
 SUPPORTED_KINDS = ("default", "linear", "llama3")
 _REFUSED_HINTS = {
@@ -29,7 +30,7 @@ _COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "att
 _KIND_KEYS = {
     "default": {"factor"},
     "linear": {"factor", "original_max_position_embeddings", "finetuned"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "llama3": {*LLAMA3_FACTORS, "original_max_position_embeddings"},
     # only beside our own record
     "longrope": {"factor", "short_factor", "long_factor", "short_mscale", "long_mscale",
                  "original_max_position_embeddings"},
@@ -116,7 +117,7 @@ def write_config(rope: RopeParameters) -> dict[str, object]:
         # Not for plain llama3: there a top-level value overrides the formula's own.
         keys["original_max_position_embeddings"] = rope.original_context
     if rope.factor != 1.0 and rope.llama3 is not None:
-        keys[_RECORD] = {"factor": rope.factor, "llama3": _llama3_block(rope.llama3)}
+        keys[_RECORD] = {"factor": rope.factor, "llama3": llama3_block(rope.llama3)}
     return keys
 
 
@@ -134,7 +135,7 @@ def _block(rope: RopeParameters) -> dict[str, object]:
             "original_max_position_embeddings": rope.original_context,
         }
     if rope.llama3 is not None:
-        return {"rope_type": "llama3", **_llama3_block(rope.llama3)}
+        return {"rope_type": "llama3", **llama3_block(rope.llama3)}
     if rope.factor != 1.0:
         return {"rope_type": "linear", "factor": rope.factor}
     return {"rope_type": "default"}
@@ -145,13 +146,10 @@ def _longrope_factors(rope: RopeParameters) -> FloatArray:
     return ratios.astype(np.float32)
 
 
-def _llama3_block(scaling: Llama3Scaling) -> dict[str, object]:
-    return {
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
+def llama3_block(scaling: Llama3Scaling) -> dict[str, float | int]:
+    """llama3's four numbers under transformers' names."""
+    factors = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
+    return {**dict(zip(LLAMA3_FACTORS, factors, strict=True)), _ORIGINAL: scaling.original_context}
 
 
 def _blocks(config: Mapping[str, object], where: str) -> dict[str, Mapping[str, object]]:
@@ -232,13 +230,13 @@ def _agreed(
     blocks: Mapping[str, Mapping[str, object]], key: str, where: str, *, minimum: float
 ) -> float:
     """The number that every block gives for ``key``."""
+    stated = {f"{name}.{key}": block[key] for name, block in blocks.items() if key in block}
     for name, block in blocks.items():
         stated_kind = block.get("rope_type", block.get("type"))
-        if key not in block and stated_kind is not None:
+        if key not in block and (stated_kind is not None or not stated):
             raise RopeError(
-                f"{where}: {name}.{key} is missing", hint=f"{stated_kind} RoPE needs it."
+                f"{where}: {name}.{key} is missing", hint=f"{stated_kind or 'This'} RoPE needs it."
             )
-    stated = {f"{name}.{key}": block[key] for name, block in blocks.items() if key in block}
     return _one_value(stated, where, minimum=minimum)
 
 
@@ -253,6 +251,15 @@ def _one_value(stated: Mapping[str, object], where: str, *, minimum: float) -> f
         listed = ", ".join(f"{key} {value:g}" for key, value in values.items())
         raise RopeError(f"{where}: contradictory values: {listed}", hint="Make them one value.")
     return next(iter(values.values()))
+
+
+def read_llama3(block: Mapping[str, object], name: str, where: str) -> Llama3Scaling:
+    """llama3's four numbers from a record of our own; the counterpart of ``llama3_block``.
+
+    ``name`` is put before the keys in messages. Raises ``RopeError`` for one that is missing or out
+    of range.
+    """
+    return _llama3({}, {name: block}, where)
 
 
 def _llama3(
@@ -329,24 +336,10 @@ def _read_record(
     nested = record["llama3"]
     if not isinstance(nested, Mapping):
         raise RopeError(f"{where}: {_RECORD}.llama3 is {nested!r}", hint="Expected an object.")
-    llama3 = _llama3({}, {f"{_RECORD}.llama3": nested}, where)
+    llama3 = read_llama3(nested, f"{_RECORD}.llama3", where)
     factor = number(record.get("factor"), f"{_RECORD}.factor", where, minimum=1.0)
     theta, evidence = _theta(config, blocks, about)
-    original = _original(config, blocks, where)
-    context = whole(config, "max_position_embeddings", where)
-    if original is None or context is None:
-        raise RopeError(
-            f"{where}: max_position_embeddings and {_ORIGINAL} are needed beside {_RECORD}",
-            hint="Export the checkpoint again.",
-        )
-    claims = ContextClaims(
-        max_position=context,
-        max_position_key="max_position_embeddings",
-        original=original[0],
-        original_key=original[1],
-        override=about.original_context,
-    )
-    contexts = resolve_contexts(claims, factor, where)
+    contexts = resolve_contexts(_recorded_claims(config, blocks, about), factor, where)
     rope = RopeParameters(
         theta=theta,
         rotary_dim=about.rotary_dim,
@@ -356,6 +349,34 @@ def _read_record(
         llama3=llama3,
         evidence=(*evidence, *contexts.evidence),
     )
+    _refuse_other_lists(blocks, rope, where)
+    return rope
+
+
+def _recorded_claims(
+    config: Mapping[str, object], blocks: Mapping[str, Mapping[str, object]], about: RopeContext
+) -> ContextClaims:
+    """L and L', which both have to stand beside a record."""
+    original = _original(config, blocks, about.where)
+    context = whole(config, "max_position_embeddings", about.where)
+    if original is None or context is None:
+        raise RopeError(
+            f"{about.where}: max_position_embeddings and {_ORIGINAL} are needed beside {_RECORD}",
+            hint="Export the checkpoint again.",
+        )
+    return ContextClaims(
+        max_position=context,
+        max_position_key="max_position_embeddings",
+        original=original[0],
+        original_key=original[1],
+        override=about.original_context,
+    )
+
+
+def _refuse_other_lists(
+    blocks: Mapping[str, Mapping[str, object]], rope: RopeParameters, where: str
+) -> None:
+    """``RopeError`` where the longrope lists rotate by other frequencies than the record."""
     expected = _longrope_factors(rope)
     for name, block in blocks.items():
         _refuse_unknown(block, name, "longrope", where)
@@ -364,13 +385,12 @@ def _read_record(
             if found.shape != expected.shape or ulp_distance(expected, found) > _RECORD_ULP:
                 raise RopeError(
                     f"{where}: {name}.{key} is not what {_RECORD} records"
-                    f" (factor {factor:g} over llama3)",
+                    f" (factor {rope.factor:g} over llama3)",
                     hint=f"One of them was edited; export again, or remove {_RECORD}.",
                 )
         if block.get("attention_factor") is None:
             # transformers computes another one where it is missing.
             raise RopeError(f"{where}: {name}.attention_factor is missing", hint="Export again.")
-    return rope
 
 
 def _float32_list(value: object, key: str, where: str) -> FloatArray:

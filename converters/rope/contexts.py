@@ -75,6 +75,24 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
 
     Raises ``RopeError`` where the claims contradict each other.
     """
+    _refuse_beyond_positions(claims, factor, where)
+    if claims.override is not None:
+        return _from_original(claims, claims.override, "--original-context", factor, where)
+    if factor == 1.0:
+        return _unscaled(claims)
+    if claims.original is not None:
+        return _from_original(claims, claims.original, claims.original_key, factor, where)
+    if claims.hint is not None and claims.hint == scaled_context(claims.max_position, factor):
+        reason = f"{claims.max_position_key}, since {claims.hint_key} is {factor:g} times it"
+        return Contexts(
+            claims.max_position,
+            claims.hint,
+            (Evidence("L", reason), Evidence("L'", claims.hint_key)),
+        )
+    return _from_extended(claims, factor)
+
+
+def _refuse_beyond_positions(claims: ContextClaims, factor: float, where: str) -> None:
     stated = {
         claims.max_position_key: claims.max_position,
         "--original-context": claims.override or 1,
@@ -85,24 +103,10 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
             raise RopeError(
                 f"{where}: {key} is {value:g}", hint=f"Expected at most {MAX_CONTEXT:,}."
             )
-    if claims.override is not None:
-        return _from_original(claims, claims.override, "--original-context", factor, where)
-    if factor == 1.0:
-        return _unscaled(claims)
-    if claims.original is not None:
-        return _from_original(claims, claims.original, claims.original_key, factor, where)
-    if claims.hint is not None and claims.hint == scaled_context(claims.max_position, factor):
-        return Contexts(
-            claims.max_position,
-            claims.hint,
-            (
-                Evidence(
-                    "L",
-                    f"{claims.max_position_key}, since {claims.hint_key} is {factor:g} times it",
-                ),
-                Evidence("L'", claims.hint_key),
-            ),
-        )
+
+
+def _from_extended(claims: ContextClaims, factor: float) -> Contexts:
+    """L told from L': an assumption, unless the hint says that max_position is L'."""
     original = unscaled_context(claims.max_position, factor)
     agreed = claims.hint == claims.max_position
     reason = f"{claims.max_position_key} / {factor:g}"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from converters.errors import RopeError, UnsupportedError
-from converters.rope.config import number, whole
+from converters.rope.config import llama3_block, number, read_llama3, whole
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
 from converters.rope.parameters import (
     FloatArray,
@@ -32,13 +33,20 @@ FACTOR_KEY = "rope.scaling.factor"
 ORIGINAL_KEY = "rope.scaling.original_context_length"
 ATTENTION_KEY = "rope.scaling.attn_factor"
 LEGACY_FACTOR_KEY = "rope.scale_linear"
+FINETUNED_KEY = "rope.scaling.finetuned"
 DIVISORS_TENSOR = "rope_freqs.weight"
+RECORD_PREFIX = "pi_convert."
+# Keys of our own, without a prefix of the architecture: the llama3 numbers behind the tensor, from
+# which they cannot be told. transformers' names follow (``llama3_block``).
+LLAMA3_RECORD = f"{RECORD_PREFIX}rope.llama3"
+NO_KEYS: Mapping[str, object] = MappingProxyType({})
 
 KNOWN_TYPES = ("none", "linear", "yarn", "longrope")
 LLAMA_CPP_DEFAULT_THETA = 10000.0  # llama_hparams: used where freq_base is missing
 
-# Published llama3 settings, tried in turn to name the formula behind a rope_freqs tensor. Where
-# every frequency is stretched fully or not at all, the factor is the tensor's largest value.
+# Published llama3 settings, tried in turn to name the formula behind a rope_freqs tensor that has
+# no record. Where every frequency is stretched fully or not at all, the factor is the tensor's
+# largest value.
 _LLAMA3_SHAPES = ((1.0, 4.0, 8192),)
 _DIVISOR_ULP = 8  # llama.cpp's converter computes them in float64 and is 3 to 4 off transformers
 
@@ -103,13 +111,40 @@ def read_gguf(
     rotary_dim: int,
     original_context: int | None,
     where: str,
+    file_keys: Mapping[str, object] = NO_KEYS,
 ) -> RopeParameters:
     """The RoPE of a GGUF used as a source; stricter than llama.cpp: nothing is left to defaults.
 
-    ``original_context`` is ``--original-context``. Raises ``RopeError`` where a key is missing,
+    ``original_context`` is ``--original-context``, ``file_keys`` are all keys under their full
+    names, among them our record of llama3. Raises ``RopeError`` where a key is missing,
     contradictory or out of range, ``UnsupportedError`` for a kind that cannot be exported right.
     """
     effective = effective_rope(keys, divisors, rotary_dim=rotary_dim, where=where)
+    _refuse_other_kinds(effective, where)
+    claims = ContextClaims(
+        max_position=effective.context,
+        max_position_key=CONTEXT_KEY,
+        original=effective.original_context,
+        original_key=ORIGINAL_KEY,
+        override=original_context,
+    )
+    contexts = resolve_contexts(claims, effective.factor, where)
+    rope = RopeParameters(
+        theta=effective.theta,
+        rotary_dim=effective.rotary_dim,
+        original_context=contexts.original_context,
+        context=contexts.context,
+        factor=shortest_float32(effective.factor),
+        evidence=(_theta_evidence(keys), *contexts.evidence),
+    )
+    record = _recorded_llama3(file_keys, where)
+    if record is not None:
+        return _with_record(rope, record, divisors, where)
+    return rope if divisors is None else _with_published_llama3(rope, divisors, where)
+
+
+def _refuse_other_kinds(effective: EffectiveRope, where: str) -> None:
+    """Raises for what is neither plain, nor linear, nor llama3."""
     if effective.type in ("yarn", "longrope"):
         raise UnsupportedError(
             f"{where}: {TYPE_KEY} is {effective.type}",
@@ -129,28 +164,12 @@ def read_gguf(
         raise RopeError(
             f"{where}: {FACTOR_KEY} is {effective.factor:g}", hint="Expected 1 or more."
         )
-    claims = ContextClaims(
-        max_position=effective.context,
-        max_position_key=CONTEXT_KEY,
-        original=effective.original_context,
-        original_key=ORIGINAL_KEY,
-        override=original_context,
-    )
-    contexts = resolve_contexts(claims, effective.factor, where)
-    theta = (
-        Evidence("theta", THETA_KEY)
-        if THETA_KEY in keys
-        else Evidence("theta", f"{THETA_KEY} is missing: llama.cpp's default 10000", assumed=True)
-    )
-    rope = RopeParameters(
-        theta=effective.theta,
-        rotary_dim=effective.rotary_dim,
-        original_context=contexts.original_context,
-        context=contexts.context,
-        factor=shortest_float32(effective.factor),
-        evidence=(theta, *contexts.evidence),
-    )
-    return rope if divisors is None else _with_llama3(rope, divisors, where)
+
+
+def _theta_evidence(keys: Mapping[str, object]) -> Evidence:
+    if THETA_KEY in keys:
+        return Evidence("theta", THETA_KEY)
+    return Evidence("theta", f"{THETA_KEY} is missing: llama.cpp's default 10000", assumed=True)
 
 
 def write_gguf(rope: RopeParameters) -> dict[str, str | int | float]:
@@ -167,6 +186,13 @@ def write_gguf(rope: RopeParameters) -> dict[str, str | int | float]:
     return keys
 
 
+def write_llama3_record(rope: RopeParameters) -> dict[str, float | int]:
+    """The keys, under their full names, from which ``read_gguf`` tells llama3 again."""
+    if rope.llama3 is None:
+        return {}
+    return {f"{LLAMA3_RECORD}.{name}": value for name, value in llama3_block(rope.llama3).items()}
+
+
 def _positive(keys: Mapping[str, object], key: str, default: float, where: str) -> float:
     """A number above 0, ``default`` where the key is absent; llama.cpp would compute with a 0."""
     value = number(keys.get(key, default), key, where)
@@ -180,19 +206,50 @@ def _optional(keys: Mapping[str, object], key: str, where: str) -> float | None:
     return number(keys[key], key, where) or None if key in keys else None
 
 
-def _with_llama3(rope: RopeParameters, divisors: FloatArray, where: str) -> RopeParameters:
+def _recorded_llama3(file_keys: Mapping[str, object], where: str) -> Llama3Scaling | None:
+    prefix = f"{LLAMA3_RECORD}."
+    block = {k.removeprefix(prefix): v for k, v in file_keys.items() if k.startswith(prefix)}
+    return read_llama3(block, LLAMA3_RECORD, where) if block else None
+
+
+def _with_record(
+    rope: RopeParameters, record: Llama3Scaling, divisors: FloatArray | None, where: str
+) -> RopeParameters:
+    """llama3 as recorded, held against the tensor, which is what llama.cpp rotates by."""
+    recorded = dataclasses.replace(rope, llama3=record)
+    if divisors is None:
+        problem = f"{LLAMA3_RECORD}.* is recorded, and {DIVISORS_TENSOR} is missing"
+    elif not _gives(recorded, divisors):
+        problem = f"{DIVISORS_TENSOR} holds other frequency factors than {LLAMA3_RECORD}.* gives"
+    else:
+        return recorded
+    raise RopeError(
+        f"{where}: {problem}",
+        hint="One of them was edited; export again from the original Hugging Face folder.",
+    )
+
+
+def _with_published_llama3(
+    rope: RopeParameters, divisors: FloatArray, where: str
+) -> RopeParameters:
     largest = float(np.max(divisors, initial=1.0))
     for low, high, original in _LLAMA3_SHAPES:
         for factor in (largest, 8.0, 32.0, 16.0, 4.0, 2.0):
             candidate = dataclasses.replace(rope, llama3=Llama3Scaling(factor, low, high, original))
-            expected = candidate.frequency_divisors()
-            if (
-                expected is not None
-                and expected.shape == divisors.shape
-                and ulp_distance(expected, divisors) <= _DIVISOR_ULP
-            ):
+            if _gives(candidate, divisors):
                 return candidate
     raise UnsupportedError(
-        f"{where}: {DIVISORS_TENSOR} holds frequency factors that no known llama3 setting gives",
+        f"{where}: {DIVISORS_TENSOR} holds frequency factors that no published llama3 setting"
+        f" gives, and the file records no other ({LLAMA3_RECORD}.*)",
         hint="Export from the original Hugging Face folder instead.",
+    )
+
+
+def _gives(rope: RopeParameters, divisors: FloatArray) -> bool:
+    """Whether llama3 of ``rope`` has these divisors, up to what tools' arithmetic differs by."""
+    expected = rope.frequency_divisors()
+    return (
+        expected is not None
+        and expected.shape == divisors.shape
+        and ulp_distance(expected, divisors) <= _DIVISOR_ULP
     )

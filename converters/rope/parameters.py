@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,9 +68,9 @@ class RopeParameters:
                 f"scale {scale} cannot extend a context",
                 hint="Give a scale of 1 or more, such as 8.",
             )
-        factor = self.factor * scale
+        context = max(self.context, extended_context(self.context, scale))
         return dataclasses.replace(
-            self, factor=factor, context=max(self.context, extended_context(self.context, scale))
+            self, factor=decimal_product(self.factor, scale), context=context
         )
 
     def unscaled(self) -> RopeParameters:
@@ -131,6 +132,15 @@ def ulp_distance(expected: FloatArray, found: FloatArray) -> int:
     a = np.ascontiguousarray(expected, dtype=np.float32).view(np.int32).astype(np.int64)
     b = np.ascontiguousarray(found, dtype=np.float32).view(np.int32).astype(np.int64)
     return int(np.max(np.abs(a - b), initial=0))
+
+
+def decimal_product(a: float, b: float) -> float:
+    """The product of the decimals that a and b are written as: 8.8 times 1.5 is 13.2.
+
+    Binary floats give 13.200000000000001, which would stand so in configs, file names and messages,
+    and be another factor than the 13.2 that somebody gives to ``verify`` or writes by hand.
+    """
+    return float(Decimal(repr(float(a))) * Decimal(repr(float(b))))
 
 
 def shortest_float32(value: float) -> float:

@@ -49,6 +49,7 @@ def checkpoint_of_gguf(file: GgufFile, *, original_context: int | None = None) -
         rotary_dim=hparams.head_dim,
         original_context=original_context,
         where=where,
+        file_keys=file.keys,
     )
     return Checkpoint(
         origin=Origin(label=file.path.name, kind="gguf", path=file.path),

@@ -14,14 +14,16 @@ from converters.architectures.hparams import write_gguf_hparams
 from converters.checkpoint import Checkpoint, ModelCard
 from converters.containers.gguf import ARCHITECTURE_KEY, ValueType
 from converters.errors import SourceError
+from converters.rope.config import LLAMA3_FACTORS
+from converters.rope.gguf import LLAMA3_RECORD, RECORD_PREFIX, write_llama3_record
 from converters.rope.gguf import write_gguf as write_gguf_rope
 from converters.tokenizers import vocabulary_to_gguf
 
 FILE_TYPE_KEY = "general.file_type"
-SOURCE_NAME_KEY = "pi_convert.source.name"
-SOURCE_HASH_KEY = "pi_convert.source.sha256"
-QUANTIZER_KEY = "pi_convert.quantizer"
-VERSION_KEY = "pi_convert.version"
+SOURCE_NAME_KEY = f"{RECORD_PREFIX}source.name"
+SOURCE_HASH_KEY = f"{RECORD_PREFIX}source.sha256"
+QUANTIZER_KEY = f"{RECORD_PREFIX}quantizer"
+VERSION_KEY = f"{RECORD_PREFIX}version"
 HASH_PLACEHOLDER = "0" * 64  # the source's hash is known when its last tensor has been read
 
 _QUANTIZATION_VERSION = 2  # ggml.h GGML_QNT_VERSION
@@ -38,7 +40,9 @@ _SAMPLING: Mapping[str, tuple[str, ValueType]] = {
     "repetition_penalty": ("penalty_repeat", ValueType.FLOAT32),
 }
 KEY_TYPES: Mapping[str, ValueType] = {
-    f"general.sampling.{name}": kind for name, kind in _SAMPLING.values()
+    **{f"general.sampling.{name}": kind for name, kind in _SAMPLING.values()},
+    # As in the config: llama3's smoothing amplifies last bits, so float32 would not do.
+    **{f"{LLAMA3_RECORD}.{name}": ValueType.FLOAT64 for name in LLAMA3_FACTORS},
 }
 
 
@@ -64,6 +68,7 @@ def file_keys(
         SOURCE_NAME_KEY: checkpoint.origin.label,
         SOURCE_HASH_KEY: source_hash,
         QUANTIZER_KEY: quantizer,
+        **write_llama3_record(checkpoint.rope),
     }
 
 

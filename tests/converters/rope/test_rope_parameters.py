@@ -75,6 +75,20 @@ def test_factors_compose_and_the_first_context_stays() -> None:
     assert (rope.factor, rope.original_context, rope.context) == (16.0, 2048, 32768)
 
 
+@pytest.mark.parametrize(
+    ("scales", "factor"),
+    [((8.8, 1.5), 13.2), ((2.2, 2.2, 2.2), 10.648), ((1.1, 1.1), 1.21), ((8, 2), 16.0)],
+)
+def test_factors_compose_as_the_decimals_they_are_written_as(
+    scales: tuple[float, ...], factor: float
+) -> None:
+    rope = RopeParameters(10000.0, 64, 2048, 2048)
+    for scale in scales:
+        rope = rope.interpolate(scale)
+    assert rope.factor == factor
+    assert json.dumps(write_config(rope)["rope_parameters"]).count(f'"factor": {factor!r}') == 1
+
+
 def test_llama31_times_two_is_262144() -> None:
     config = {
         "max_position_embeddings": 131072,
@@ -205,6 +219,7 @@ def test_an_edited_record_is_found() -> None:
     ("change", "top", "fragment"),
     [
         ({"short_factor": ["a"]}, {}, r"short_factor\[0\] is 'a'"),
+        ({}, {"pi_convert": {"factor": 2.0, "llama3": {"factor": 8.0}}}, "is missing"),
         ({"long_factor": 5}, {}, "long_factor is 5"),
         ({"long_factor": [1e39] * 64}, {}, "beyond float32"),
         ({"short_mscale": 1.5}, {}, "short_mscale is 1.5"),
