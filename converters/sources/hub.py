@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from converters.checkpoint import Checkpoint, Origin
@@ -34,10 +35,21 @@ def open_hub(
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _explain(error, hub_id, revision) from error
+    return Path(folder)
+
+
+def _explain(error: Exception, hub_id: str, revision: str | None) -> SourceError:
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -45,31 +57,62 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
     )
 
     named = f"{hub_id} at revision {revision}" if revision else hub_id
-    try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-        )
-    except GatedRepoError:
-        raise SourceError(
-            f"{named}: the hub wants a login and its licence accepted",
-            hint=f"Accept it at https://huggingface.co/{hub_id}, then run `hf auth login`.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{named}: there is no such folder here, and no such model on the hub",
-            hint="Check the spelling; a private model needs `hf auth login`.",
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceError(
-            f"{named}: the hub has no such revision", hint="Give a branch, tag or commit."
-        ) from None
-    except LocalEntryNotFoundError:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is out of reach"
-        raise SourceError(
-            f"{named}: there is no such folder here, the model is not in the cache"
-            f" ({constants.HF_HUB_CACHE}), and {offline}",
-            hint=f"Run once with a network: hf download {hub_id}",
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(f"{named}: {error}", hint="Check the network and try again.") from error
-    return Path(folder)
+    page = f"https://huggingface.co/{hub_id}"
+    match error:
+        case GatedRepoError():  # a kind of RepositoryNotFoundError
+            wrong = "the hub wants a login and its licence accepted"
+            hint = f"Accept it at {page}, then run: hf auth login"
+        case RepositoryNotFoundError():
+            wrong = "there is no such folder here, and no such model on the hub"
+            name = hub_id.rpartition("/")[2]
+            hint = (
+                f"Check the spelling (https://huggingface.co/models?search={name}); for a private"
+                " model run: hf auth login"
+            )
+        case RevisionNotFoundError():
+            wrong = "the hub has no such revision"
+            hint = f"Give a branch, tag or commit that {page}/commits/main lists."
+        case LocalEntryNotFoundError():
+            return _not_cached(hub_id, revision, named)
+        case HFValidationError():
+            wrong = f"there is no such folder here, and it is no hub id: {error}"
+            hint = "Expected organization/name, such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        case _:
+            wrong = " ".join(str(error).split())
+            hint = f"Check the network and try again: {_download_line(hub_id, revision)}"
+    return SourceError(f"{named}: {wrong}", hint=hint)
+
+
+def _not_cached(hub_id: str, revision: str | None, named: str) -> SourceError:
+    """What is said without a network, where the cache holds the model not or in other revisions."""
+    from huggingface_hub import constants
+
+    is_offline = constants.HF_HUB_OFFLINE
+    line = f"{'HF_HUB_OFFLINE=0 ' if is_offline else ''}{_download_line(hub_id, revision)}"
+    cached = _cached_revisions(hub_id)
+    wanted = "the revision" if cached else "the model"
+    return SourceError(
+        f"{named}: there is no such folder here, {wanted} is not in the cache"
+        f" ({constants.HF_HUB_CACHE}),"
+        f" and {'HF_HUB_OFFLINE is set' if is_offline else 'the hub is out of reach'}",
+        hint=f"Run once with a network: {line}"
+        + (f"; or give a --revision that is cached: {', '.join(cached)}" if cached else ""),
+    )
+
+
+def _download_line(hub_id: str, revision: str | None) -> str:
+    return f"hf download {hub_id}" + (f" --revision {shlex.quote(revision)}" if revision else "")
+
+
+def _cached_revisions(hub_id: str) -> list[str]:
+    """Branches and tags whose snapshots are here, and the commits of snapshots that have none."""
+    from huggingface_hub import constants
+
+    model = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    commits = {path.name for path in (model / "snapshots").glob("*")}
+    refs = (path for path in sorted((model / "refs").rglob("*")) if path.is_file())
+    names = {
+        str(path.relative_to(model / "refs")): path.read_text("utf-8").strip() for path in refs
+    }
+    found = [name for name, commit in names.items() if commit in commits]
+    return [*found, *sorted(commits - set(names.values()))]
