@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from converters.rope import gguf as spelling
-from converters.rope.contexts import scaled_context
+from converters.rope.contexts import MAX_CONTEXT, scaled_context
 from pi_convert.audit import llamacpp
 from pi_convert.audit.findings import Finding, note, wrong
 from pi_convert.audit.header import Header
@@ -22,7 +22,17 @@ def contexts(header: Header) -> Iterator[Finding]:
         yield wrong(
             "context.missing",
             header.shown(spelling.CONTEXT_KEY),
-            "a positive whole number; llama.cpp cannot load the file without",
+            "a positive whole number; without a key llama.cpp refuses the file, with 0 it takes any"
+            " context for too long",
+            FIX,
+        )
+        return
+    if context > MAX_CONTEXT:
+        yield wrong(
+            "context.out-of-range",
+            header.shown(spelling.CONTEXT_KEY),
+            f"at most {MAX_CONTEXT}: positions are signed 32-bit numbers, and llama.cpp tells"
+            f" programs {context - 2**32} for it",
             FIX,
         )
         return

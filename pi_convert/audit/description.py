@@ -16,15 +16,19 @@ from converters.errors import ConvertError
 from converters.rope import Evidence
 from converters.rope import gguf as spelling
 from converters.rope.contexts import unscaled_context
+from converters.rope.gguf import RECORD_PREFIX
 from converters.sources import checkpoint_of_gguf, open_checkpoint
 from pi_convert.audit import llamacpp
-from pi_convert.audit import tokenizer_rules as keys
+from pi_convert.audit import tokenizer_keys as keys
 from pi_convert.audit.header import Header, short
+from pi_convert.audit.tokenizer_rules import length
 
 _CACHE_ELEMENT_BYTES = 2  # float16, llama.cpp's default
-_RECORD_PREFIX = "pi_convert."
 _SPECIAL = ("bos", "eos", "unknown", "padding")
-_KINDS: Mapping[object, str] = {"gpt2": "BPE", "llama": "SentencePiece", "gemma4": "BPE"}
+_KINDS: Mapping[object, str] = {
+    **dict.fromkeys(llamacpp.BPE_MODELS, "BPE"),
+    llamacpp.SPM_MODEL: "SentencePiece",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +192,7 @@ def _from_keys(file: GgufFile) -> Description:
         record={
             key: value
             for key, value in general.items()
-            if key.startswith(_RECORD_PREFIX) and not isinstance(value, list | np.ndarray)
+            if key.startswith(RECORD_PREFIX) and not isinstance(value, list | np.ndarray)
         },
     )
 
@@ -245,17 +249,15 @@ def _tokenizer_of_keys(general: Mapping[str, object]) -> TokenizerSummary | None
     if not isinstance(model, str):
         return None
     ids = {
-        name: value
-        for name in _SPECIAL
-        if isinstance(value := general.get(f"tokenizer.ggml.{name}_token_id"), int)
+        name: value for name in _SPECIAL if isinstance(value := general.get(keys.id_key(name)), int)
     }
     return TokenizerSummary(
         kind=_KINDS.get(model, model),
         pre=_text(general.get(keys.PRE)),
-        size=keys.length(general.get(keys.TOKENS)) or 0,
+        size=length(general.get(keys.TOKENS)) or 0,
         special_ids=ids,
         add_bos=_flag(general.get(keys.ADD_BOS)),
-        add_eos=_flag(general.get("tokenizer.ggml.add_eos_token")),
+        add_eos=_flag(general.get(keys.ADD_EOS)),
         has_chat_template=bool(_text(general.get(keys.TEMPLATE))),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from converters.containers.gguf import ValueType
 from converters.rope import gguf as spelling
+from pi_convert.audit import tokenizer_keys
 
 
 def _names(text: str) -> frozenset[str]:
@@ -18,7 +19,6 @@ def _names(text: str) -> frozenset[str]:
 
 LLAMA_CPP_VERSION = "0c1e57098"
 MAX_TENSOR_NAME = 63  # GGML_MAX_NAME - 1
-FINETUNED_KEY = "rope.scaling.finetuned"
 WINDOW_KEY = "attention.sliding_window"
 
 # A key of another type is not converted: the loader refuses the file.
@@ -31,16 +31,16 @@ LOADED_TYPES: Mapping[str, ValueType] = {
     spelling.LEGACY_FACTOR_KEY: ValueType.FLOAT32,
     spelling.ATTENTION_KEY: ValueType.FLOAT32,
     spelling.ORIGINAL_KEY: ValueType.UINT32,
-    FINETUNED_KEY: ValueType.BOOL,
+    spelling.FINETUNED_KEY: ValueType.BOOL,
 }
 
 TOKENIZER_TYPES: Mapping[str, ValueType] = {
-    "tokenizer.ggml.model": ValueType.STRING,
-    "tokenizer.ggml.pre": ValueType.STRING,
-    "tokenizer.ggml.bos_token_id": ValueType.UINT32,
-    "tokenizer.ggml.eos_token_id": ValueType.UINT32,
-    "tokenizer.ggml.add_bos_token": ValueType.BOOL,
-    "tokenizer.ggml.add_eos_token": ValueType.BOOL,
+    tokenizer_keys.MODEL: ValueType.STRING,
+    tokenizer_keys.PRE: ValueType.STRING,
+    tokenizer_keys.BOS: ValueType.UINT32,
+    tokenizer_keys.EOS: ValueType.UINT32,
+    tokenizer_keys.ADD_BOS: ValueType.BOOL,
+    tokenizer_keys.ADD_EOS: ValueType.BOOL,
 }
 
 # llama_model_rope_type gives NONE, and starcoder and refact, whose graphs call no RoPE.
@@ -71,6 +71,16 @@ IGNORES_ROPE_FREQS = _names("cogvlm falcon-h1 llada pangu-embedded refact")
 
 # The loader refuses a rotated width other than the head's.
 WHOLE_HEAD_ROTATED = _names("deci falcon llama llama-embed")
+# The graph asserts the same, GGML_ASSERT(n_embd_head == n_rot) in models/*.cpp: the file loads, and
+# the process aborts when a context is made.
+WHOLE_HEAD_ASSERTED = _names(
+    "apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deepseek dots1 dream"
+    " ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 granite granite_swa graniteswitch grok"
+    " grovemoe hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada llada-moe llama4 maincoder"
+    " mellum mistral3 olmo olmo2 olmoe orion paddleocr pangu-embedded plamo pockettts qwen2"
+    " qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe rnd1 seed_oss smallthinker smollm3"
+    " starcoder2 talkie xverse"
+)
 
 # finetuned = false switches RoPE off. In the hybrid ones published models are made without RoPE.
 FINETUNED_SWITCHES_ROPE = _names("granite granite_swa granitehybrid granitemoe graniteswitch")
@@ -79,9 +89,13 @@ PUBLISHED_WITHOUT_ROPE = _names("granitehybrid graniteswitch")
 # No published model of these has theta 10000, which a missing key means.
 THETA_NEVER_DEFAULT = _names("gemma3 gemma3n gpt-oss llama4 qwen2 qwen2moe qwen3 qwen3moe smollm3")
 
-BPE_MODELS = frozenset({"gpt2", "gemma4"})
+# tokenizer.ggml.model: any other is refused. gemma4 brings its own pre-tokenizer.
+BPE_MODELS_WITH_PRE = frozenset({"gpt2", "hybriddna", "whitespace"})
+GEMMA4_MODEL = "gemma4"
+BPE_MODELS = BPE_MODELS_WITH_PRE | {GEMMA4_MODEL}
 SPM_MODEL = "llama"
 NO_VOCABULARY = frozenset({"no_vocab", "none"})
+TOKENIZER_MODELS = BPE_MODELS | NO_VOCABULARY | {SPM_MODEL} | _names("bert plamo2 rwkv t5 test")
 
 PRE_TOKENIZERS = _names(
     "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe"

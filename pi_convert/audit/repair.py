@@ -65,7 +65,7 @@ def plan_repair(file: GgufFile, factor: float, original_context: int | None) -> 
         **dict.fromkeys(_OTHER_KINDS),
     }
     if header.architecture in llamacpp.FINETUNED_SWITCHES_ROPE:
-        keys[llamacpp.FINETUNED_KEY] = True
+        keys[spelling.FINETUNED_KEY] = True
     keys |= _retyped(header)
     changes = {
         header.full(key): value
@@ -99,10 +99,10 @@ def _refuse(header: Header, where: str) -> None:
     elif header.has_factor_tensor and architecture in llamacpp.IGNORES_ROPE_FREQS:
         reason = f"llama.cpp's {architecture} ignores {spelling.DIVISORS_TENSOR}"
     elif (
-        header.keys.get(llamacpp.FINETUNED_KEY) is False
+        header.keys.get(spelling.FINETUNED_KEY) is False
         and architecture in llamacpp.PUBLISHED_WITHOUT_ROPE
     ):
-        reason = f"{header.full(llamacpp.FINETUNED_KEY)} = false: this model is made without RoPE"
+        reason = f"{header.full(spelling.FINETUNED_KEY)} = false: this model is made without RoPE"
     if reason:
         raise UnsupportedError(
             f"{where}: {reason}",

@@ -79,25 +79,7 @@ def _factor(header: Header) -> Iterator[Finding]:
         key for key in (spelling.FACTOR_KEY, spelling.LEGACY_FACTOR_KEY) if key in header.keys
     ]
     for key in stated:
-        value = header.keys[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue  # keys.type has said so
-        if not isfinite(value):
-            yield wrong("rope.factor.not-finite", header.shown(key), "a number of 1 or more", FIX)
-        elif value == 0:
-            yield wrong(
-                "rope.factor.zero",
-                header.shown(key),
-                "a number of 1 or more; llama.cpp takes 0 as not set and runs unscaled",
-                FIX,
-            )
-        elif value < 1:
-            yield wrong(
-                "rope.factor.below-one",
-                header.shown(key),
-                "1 or more (L'/L): positions are divided by it, so less than 1 spreads them out",
-                FIX,
-            )
+        yield from _factor_value(header, key)
     if not stated and header.keys.get(spelling.TYPE_KEY) in ("linear", "yarn"):
         yield wrong(
             "rope.factor.missing",
@@ -117,6 +99,29 @@ def _factor(header: Header) -> Iterator[Finding]:
             "rope.factor.legacy-key",
             header.shown(spelling.LEGACY_FACTOR_KEY),
             f"{spelling.FACTOR_KEY}: only llama.cpp still reads the old key",
+            FIX,
+        )
+
+
+def _factor_value(header: Header, key: str) -> Iterator[Finding]:
+    """The factor under one of its keys is a number of 1 or more."""
+    value = header.keys[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return  # keys.type has said so
+    if not isfinite(value):
+        yield wrong("rope.factor.not-finite", header.shown(key), "a number of 1 or more", FIX)
+    elif value == 0:
+        yield wrong(
+            "rope.factor.zero",
+            header.shown(key),
+            "a number of 1 or more; llama.cpp takes 0 as not set and runs unscaled",
+            FIX,
+        )
+    elif value < 1:
+        yield wrong(
+            "rope.factor.below-one",
+            header.shown(key),
+            "1 or more (L'/L): positions are divided by it, so less than 1 spreads them out",
             FIX,
         )
 
@@ -146,19 +151,24 @@ def theta(header: Header) -> Iterator[Finding]:
 
 def dimensions(header: Header) -> Iterator[Finding]:
     """The rotated width fits the head."""
-    width, head = header.whole(spelling.DIMENSION_KEY), header.head_dim
-    if width is None or head is None or header.architecture in llamacpp.WITHOUT_ROPE:
+    width, head = header.keys.get(spelling.DIMENSION_KEY), header.head_dim
+    architecture = header.architecture
+    if isinstance(width, bool) or not isinstance(width, int):
+        return  # missing, or keys.type has said so
+    if architecture in llamacpp.WITHOUT_ROPE:
         return
-    shown = f"{header.shown(spelling.DIMENSION_KEY)}, head size {head}"
-    if header.architecture in llamacpp.WHOLE_HEAD_ROTATED and width != head:
-        yield wrong(
-            "rope.dimensions.mismatch",
-            shown,
-            f"{head}: llama.cpp refuses a {header.architecture} file with another value",
-            EXPORT,
-        )
-    elif width > head or width % 2:
-        yield wrong("rope.dimensions.mismatch", shown, f"an even number up to {head}", EXPORT)
+    shown = f"{header.shown(spelling.DIMENSION_KEY)}, head size {head or 'not stated'}"
+    expected = ""
+    if architecture in llamacpp.WHOLE_HEAD_ROTATED and width != head and head:
+        expected = f"{head}: llama.cpp refuses a {architecture} file with another value"
+    elif architecture in llamacpp.WHOLE_HEAD_ASSERTED and width != head and head:
+        expected = f"{head}: llama.cpp aborts when it runs a {architecture} file with another value"
+    elif width < 1:
+        expected = "a number above 0: llama.cpp refuses, aborts or hangs, by architecture"
+    elif head is not None and (width > head or width % 2):
+        expected = f"an even number up to {head}"
+    if expected:
+        yield wrong("rope.dimensions.mismatch", shown, expected, EXPORT)
 
 
 def attention_factor(header: Header) -> Iterator[Finding]:
@@ -214,42 +224,71 @@ def factor_tensor(header: Header) -> Iterator[Finding]:
             "positive divisors of the frequencies", EXPORT,
         )  # fmt: skip
     else:
-        yield from _factors_meaning(header, name, width)
+        yield from _factors_meaning(header, name)
 
 
-def _factors_meaning(header: Header, name: str, width: int | None) -> Iterator[Finding]:
-    rope = llama3_of(header)
+def _factors_meaning(header: Header, name: str) -> Iterator[Finding]:
     divisors = header.divisors()
+    if (problem := _record_problem(header)) is not None:
+        yield wrong(
+            "rope.factors.record",
+            problem,
+            "a record that gives the tensor's values; llama.cpp reads the tensor alone",
+            EXPORT,
+        )
+        return
+    rope = llama3_of(header)
     if divisors is not None and np.all(divisors == 1):
         yield note("rope.factors.ones", f"{name} is all ones", "no tensor: it changes nothing")
     elif rope is None:
         yield note(
             "rope.factors.unknown",
-            f"{name} holds values that no published llama3 setting gives",
+            f"{name} holds values that no published llama3 setting gives, and none is recorded",
             "the source's own scaling, which a header cannot show",
             "pi-convert verify FILE --against SOURCE --scale S",
         )
-    if header.applied_factor == 1.0:
-        return
-    shown = f"{header.shown(spelling.FACTOR_KEY)} and {name}"
+    if header.applied_factor != 1.0:
+        yield _factor_beside(header, f"{header.shown(spelling.FACTOR_KEY)} and {name}", rope)
+
+
+def _factor_beside(header: Header, shown: str, rope: RopeParameters | None) -> Finding:
+    """A factor and frequency factors in one file: PI over llama3, or scaling twice."""
     if _explained_over_llama3(header, rope):
-        yield note(
+        return note(
             "rope.factors.interpolated",
             shown,
             "PI over llama3 scaling: llama.cpp applies both, and the contexts agree with that",
         )
-    else:
-        yield wrong(
-            "rope.factors.scaled-twice",
-            shown,
-            "one of them, or both with original_context_length saying what the factor extends:"
-            " llama.cpp divides the frequencies by both",
-            FIX,
-        )
+    return wrong(
+        "rope.factors.scaled-twice",
+        shown,
+        "one of them, or both with original_context_length saying what the factor extends:"
+        " llama.cpp divides the frequencies by both",
+        FIX,
+    )
 
 
 def llama3_of(header: Header) -> RopeParameters | None:
-    """The llama3 setting behind ``rope_freqs.weight``, None where it is not a published one."""
+    """The llama3 setting behind ``rope_freqs.weight``: recorded or published, None for another."""
+    try:
+        rope = _read_llama3(header)
+    except (SourceError, UnsupportedError):
+        return None
+    return rope if rope is not None and rope.llama3 is not None else None
+
+
+def _record_problem(header: Header) -> str | None:
+    """What our record of llama3 contradicts; None where there is none or it holds."""
+    try:
+        _read_llama3(header)
+    except SourceError as error:
+        return error.message
+    except UnsupportedError:  # no record, and no published setting
+        return None
+    return None
+
+
+def _read_llama3(header: Header) -> RopeParameters | None:
     divisors = header.divisors()
     if divisors is None:
         return None
@@ -257,13 +296,14 @@ def llama3_of(header: Header) -> RopeParameters | None:
         spelling.CONTEXT_KEY: 1,
         spelling.THETA_KEY: header.number(spelling.THETA_KEY) or spelling.LLAMA_CPP_DEFAULT_THETA,
     }
-    try:
-        rope = spelling.read_gguf(
-            keys, divisors, rotary_dim=2 * len(divisors), original_context=None, where="rope_freqs"
-        )
-    except (SourceError, UnsupportedError):
-        return None
-    return rope if rope.llama3 is not None else None
+    return spelling.read_gguf(
+        keys,
+        divisors,
+        rotary_dim=2 * len(divisors),
+        original_context=None,
+        where=spelling.DIVISORS_TENSOR,
+        file_keys=header.file.keys,
+    )
 
 
 def _explained_over_llama3(header: Header, rope: RopeParameters | None) -> bool:
@@ -293,12 +333,12 @@ def use(header: Header) -> Iterator[Finding]:
             f"llama.cpp's {architecture} applies the factor to layers without a window only;"
             " right where the model was trained so",
         )
-    switched_off = header.keys.get(llamacpp.FINETUNED_KEY) is False
+    switched_off = header.keys.get(spelling.FINETUNED_KEY) is False
     if switched_off and architecture in llamacpp.FINETUNED_SWITCHES_ROPE:
         deliberate = architecture in llamacpp.PUBLISHED_WITHOUT_ROPE and factor == 1.0
         yield (note if deliberate else wrong)(
             "rope.switched-off",
-            header.shown(llamacpp.FINETUNED_KEY),
+            header.shown(spelling.FINETUNED_KEY),
             f"true: false switches RoPE off in llama.cpp's {architecture}"
             + (" (models without RoPE say so)" if deliberate else ""),
             "" if deliberate else FIX,

@@ -9,7 +9,14 @@ from pathlib import Path
 from converters.containers.gguf import GgufFile, read_gguf_file
 from converters.errors import SourceError, UnsupportedError
 from converters.rope import gguf as spelling
-from pi_convert.audit import context_rules, llamacpp, rope_rules, tensor_rules, tokenizer_rules
+from pi_convert.audit import (
+    context_rules,
+    llamacpp,
+    rope_rules,
+    tensor_rules,
+    tokenizer_keys,
+    tokenizer_rules,
+)
 from pi_convert.audit.findings import Audit, Finding, Severity, note, wrong
 from pi_convert.audit.header import Header
 
@@ -85,14 +92,14 @@ def _dimensions(header: Header) -> str:
 
 
 def _arrays(header: Header) -> str:
-    count = tokenizer_rules.length(header.file.keys.get(tokenizer_rules.TOKENS))
+    count = tokenizer_rules.length(header.file.keys.get(tokenizer_keys.TOKENS))
     return f"{count} tokens, arrays of one length"
 
 
 def _pre(header: Header) -> str:
-    if header.text(tokenizer_rules.MODEL) != "gpt2":
+    if header.text(tokenizer_keys.MODEL) not in llamacpp.BPE_MODELS_WITH_PRE:
         return ""
-    return f"{tokenizer_rules.PRE} = {header.text(tokenizer_rules.PRE)}"
+    return f"{tokenizer_keys.PRE} = {header.text(tokenizer_keys.PRE)}"
 
 
 def _file_type(header: Header) -> str:

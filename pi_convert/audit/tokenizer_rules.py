@@ -9,18 +9,28 @@ import numpy as np
 from pi_convert.audit import llamacpp
 from pi_convert.audit.findings import Finding, note, wrong
 from pi_convert.audit.header import Header, plain
+from pi_convert.audit.tokenizer_keys import (
+    ADD_BOS,
+    BOS,
+    EOS,
+    MERGES,
+    MODEL,
+    PRE,
+    SCORES,
+    TEMPLATE,
+    TOKENS,
+    TYPES,
+    is_id_key,
+)
 
-MODEL = "tokenizer.ggml.model"
-PRE = "tokenizer.ggml.pre"
-TOKENS = "tokenizer.ggml.tokens"
-SCORES = "tokenizer.ggml.scores"
-TYPES = "tokenizer.ggml.token_type"
-MERGES = "tokenizer.ggml.merges"
-ADD_BOS = "tokenizer.ggml.add_bos_token"
-BOS = "tokenizer.ggml.bos_token_id"
-EOS = "tokenizer.ggml.eos_token_id"
-TEMPLATE = "tokenizer.chat_template"
 EMBEDDING = "token_embd.weight"
+# What llama.cpp takes where no id is stated; 11, GPT-2's, in other BPE tokenizers.
+_DEFAULT_IDS = {
+    (llamacpp.SPM_MODEL, BOS): "1",
+    (llamacpp.SPM_MODEL, EOS): "2",
+    (llamacpp.GEMMA4_MODEL, BOS): "none",
+    (llamacpp.GEMMA4_MODEL, EOS): "none",
+}
 EXPORT = "Convert the tokenizer again from the original checkpoint."
 
 
@@ -36,6 +46,15 @@ def arrays(header: Header) -> Iterator[Finding]:
         return
     if model in llamacpp.NO_VOCABULARY:
         yield note("tokenizer.none", f"{MODEL} = {model}", "token ids only: no text goes in or out")
+        return
+    if model not in llamacpp.TOKENIZER_MODELS:
+        yield wrong(
+            "tokenizer.model.unknown",
+            f"{MODEL} = {plain(model)}",
+            f"a kind that llama.cpp {llamacpp.LLAMA_CPP_VERSION} knows, such as gpt2; it refuses"
+            " any other",
+            EXPORT,
+        )
         return
     count = length(keys.get(TOKENS))
     if count is None:
@@ -79,7 +98,7 @@ def _beside_tokens(header: Header, model: str, count: int) -> Iterator[Finding]:
 
 def pre_tokenizer(header: Header) -> Iterator[Finding]:
     """A BPE tokenizer names a pre-tokenizer that llama.cpp knows."""
-    if header.text(MODEL) != "gpt2":
+    if header.text(MODEL) not in llamacpp.BPE_MODELS_WITH_PRE:
         return
     pre = header.text(PRE)
     if not pre:
@@ -113,8 +132,7 @@ def special_tokens(header: Header) -> Iterator[Finding]:
         return
     outside = []
     for key, value in keys.items():
-        is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
-        if is_id and isinstance(value, int) and not 0 <= value < count:
+        if is_id_key(key) and isinstance(value, int) and not 0 <= value < count:
             outside.append(key)
             yield (wrong if key in (BOS, EOS) else note)(
                 "tokenizer.id.out-of-range",
@@ -125,9 +143,9 @@ def special_tokens(header: Header) -> Iterator[Finding]:
     model = header.text(MODEL)
     for key in (BOS, EOS):
         if key not in keys and model in (*llamacpp.BPE_MODELS, llamacpp.SPM_MODEL):
-            default = {llamacpp.SPM_MODEL: {BOS: "1", EOS: "2"}}.get(model or "", {}).get(key, "11")
+            taken = _DEFAULT_IDS.get((model, key), "11")
             yield note(
-                "tokenizer.id.missing", f"{key} is missing", f"the id; llama.cpp takes {default}"
+                "tokenizer.id.missing", f"{key} is missing", f"the id; llama.cpp takes {taken}"
             )
     if keys.get(ADD_BOS) is True and (BOS not in keys or BOS in outside):
         yield wrong(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pi_convert.commands.options import PATH, json_option
+from pi_convert.commands.options import PATH, json_option, require_gguf_file
 
 EXIT_WRONG = 3
 
@@ -22,13 +22,11 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
     note and what is wrong, with what to do about it. Exit 3 where anything is wrong. Whether the
     weights are right a header cannot show: `pi-convert verify` can.
     """
-    from converters.errors import SourceError
     from pi_convert.audit.rules import audit_path
     from pi_convert.report.audit import audit_json, audit_text
     from pi_convert.report.console import emit, emit_json
 
-    if not file.is_file():
-        raise SourceError(f"{file} is no file", hint="Give the path of a GGUF file.")
+    require_gguf_file(file, "check")
     audit = audit_path(file)
     if as_json:
         emit_json(audit_json(audit))

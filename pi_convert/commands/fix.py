@@ -11,6 +11,7 @@ from pi_convert.commands.options import (
     force_option,
     json_option,
     original_context_option,
+    require_gguf_file,
     scale_option,
 )
 
@@ -46,6 +47,7 @@ def command(
     from pi_convert.report.audit import repair_json, repair_text
     from pi_convert.report.console import emit, emit_json, progress
 
+    require_gguf_file(file, "fix")
     source = read_gguf_file(file)
     repair = plan_repair(source, scale, original_context)
     with progress() as tell:

@@ -12,6 +12,7 @@ from pi_convert.commands.options import (
     model_argument,
     original_context_option,
     revision_option,
+    scale_option,
 )
 
 if TYPE_CHECKING:
@@ -24,16 +25,26 @@ _UNBOUNDED = 1000  # columns where stdout is no terminal
 
 @click.command()
 @model_argument
+@scale_option(
+    required=False,
+    help="The scale that the export will be asked for: what states it takes a few bytes too."
+    " Default: 1.",
+)
 @original_context_option
 @revision_option
 @json_option
 def command(
-    model: str | None, original_context: int | None, revision: str | None, as_json: bool
+    model: str | None,
+    scale: float | None,
+    original_context: int | None,
+    revision: str | None,
+    as_json: bool,
 ) -> None:
     """List every quantization type with its size for a model.
 
     Asked of the installed llama.cpp: bits per weight over the whole file, whether this model needs
-    an importance matrix for the type (then `pi-convert export` refuses it), and the exact size.
+    an importance matrix for the type (then `pi-convert export` refuses it), and the exact size of
+    the file that an export with --scale S writes.
     """
     from converters.sources import open_checkpoint
     from converters.targets.gguf import quantization_types
@@ -44,9 +55,10 @@ def command(
     checkpoint = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    options = quantization_types(checkpoint)
+    scale = 1.0 if scale is None else scale
+    options = quantization_types(checkpoint.interpolate(scale))
     if as_json:
-        emit_json(_as_json(checkpoint.card.name, options))
+        emit_json(_as_json(checkpoint.card.name, scale, options))
     else:
         emit(f"{resolved.announcement}\n{_as_text(options)}")
 
@@ -73,10 +85,11 @@ def _as_text(options: Sequence[QuantizationOption]) -> str:
     return text
 
 
-def _as_json(name: str, options: Sequence[QuantizationOption]) -> dict[str, object]:
+def _as_json(name: str, scale: float, options: Sequence[QuantizationOption]) -> dict[str, object]:
     return {
         "schema_version": 1,
         "model": name,
+        "scale": scale,
         "types": [
             {
                 "name": option.name,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from converters.rope import Evidence
 from pi_convert.audit.findings import Audit, Finding, Severity
-from pi_convert.audit.header import plain
+from pi_convert.audit.header import plain, short
 from pi_convert.report.console import size, table, tokens
+from pi_convert.report.rope import factor_text
 
 if TYPE_CHECKING:
     from converters.targets.gguf.rewrite import RewrittenGguf
@@ -87,7 +88,7 @@ def repair_text(repair: Repair, written: RewrittenGguf) -> str:
     rows = [[change.key, _shown(change.before), _shown(change.after)] for change in written.changes]
     changed = table(rows, header=("key", "before", "after")) if rows else "  no key had to change"
     lines = [
-        f"{written.path}: factor {repair.factor:g},"
+        f"{written.path}: factor {factor_text(repair.factor)},"
         f" L {tokens(repair.original_context)}, L' {tokens(repair.context)}",
         *(f"  {_told(evidence)}" for evidence in repair.evidence),
         "",
@@ -126,6 +127,8 @@ def _told(evidence: Evidence) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, float) and isfinite(value):
+        return factor_text(short(value))
     return "-" if value is None else plain(value)
 
 

@@ -7,6 +7,7 @@ from math import isfinite
 from pi_convert.audit.description import Description, RopeSummary, TokenizerSummary
 from pi_convert.audit.header import plain
 from pi_convert.report.console import pairs, size, table, tokens
+from pi_convert.report.rope import factor_text
 
 SCHEMA_VERSION = 1
 
@@ -42,14 +43,14 @@ def _sizes(description: Description) -> str:
 def _rope_text(rope: RopeSummary) -> str:
     facts = {
         "kind": rope.kind,
-        "effective factor": f"{rope.factor:g}",
-        "theta": f"{rope.theta:,g}",
+        "effective factor": factor_text(rope.factor),
+        "theta": f"{rope.theta:,.15g}",
         "rotated": "-" if rope.rotary_dim is None else f"{rope.rotary_dim} elements of a head",
         "L": _context(rope.original_context),
         "L'": _context(rope.context),
     }
     if rope.attention_factor != 1.0:
-        facts["attention factor"] = f"{rope.attention_factor:g}"
+        facts["attention factor"] = factor_text(rope.attention_factor)
     for evidence in rope.evidence:
         told = f"from {evidence.sentence}{' (assumption)' if evidence.assumed else ''}"
         facts[evidence.name] = f"{facts.get(evidence.name, ''):<12} {told}"

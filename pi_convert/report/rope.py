@@ -6,10 +6,22 @@ from converters.rope import RopeParameters
 from pi_convert.report.console import tokens
 
 
+def factor_text(value: float) -> str:
+    """A factor or a base in as many digits as tell it from any other: 8, 2.2, 1.0000001.
+
+    The last two of a double's 17 digits are left out, where products such as 8.8 * 1.5 go wrong,
+    unless what is left would be a whole number and the value is none.
+    """
+    text = f"{value:.15g}"
+    if float(text).is_integer() and not value.is_integer():
+        return repr(value)
+    return text
+
+
 def rope_text(rope: RopeParameters) -> str:
     """One line: kind, effective factor, theta, L and L'."""
     return (
-        f"{rope.kind}, factor {rope.factor:g}, theta {rope.theta:g},"
+        f"{rope.kind}, factor {factor_text(rope.factor)}, theta {factor_text(rope.theta)},"
         f" L {tokens(rope.original_context)}, L' {tokens(rope.context)}"
     )
 

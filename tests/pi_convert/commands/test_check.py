@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from converters.containers.gguf import read_gguf_file
 from converters.errors import ConvertError, SourceError
 from converters.rope import Llama3Scaling, RopeParameters
+from converters.rope.gguf import LLAMA3_RECORD, write_llama3_record
 from pi_convert.audit.description import describe_gguf
 from pi_convert.audit.findings import Severity
 from pi_convert.audit.llamacpp import LOADED_TYPES
@@ -45,6 +46,10 @@ LLAMA3 = RopeParameters(
     10000.0, 16, 128, 128, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192)
 ).frequency_divisors()
 ROPE_FREQS = {"rope_freqs.weight": LLAMA3}
+ODD_LLAMA3 = RopeParameters(10000.0, 16, 128, 128, llama3=Llama3Scaling(5.3, 1.7, 3.1, 96))
+RECORD = write_llama3_record(ODD_LLAMA3)
+FACTOR_OF_IT = f"{LLAMA3_RECORD}.factor"
+ODD_FREQS = {"rope_freqs.weight": ODD_LLAMA3.frequency_divisors()}
 YARN = {**LINEAR, "rope.scaling.type": "yarn"}
 PHI3: dict[str, Any] = {
     **PLAIN,
@@ -66,6 +71,15 @@ OVER_LLAMA3 = {
     "rope.scaling.original_context_length": 131072,
 }
 
+
+def linear(**changes: Any) -> dict[str, Any]:
+    return {"keys": {**LINEAR, **{key.replace("__", "."): v for key, v in changes.items()}}}
+
+
+def tokenizer(**changes: Any) -> dict[str, Any]:
+    return {"tokenizer": {**TOKENIZER, **{f"tokenizer.ggml.{k}": v for k, v in changes.items()}}}
+
+
 RIGHT = {
     "llama": {"keys": PLAIN},
     "llama linear": {"keys": LINEAR},
@@ -73,7 +87,15 @@ RIGHT = {
     "llama sentencepiece": {"keys": LINEAR, "tokenizer": SPM},
     "llama3": {"keys": {**PLAIN, "context_length": 131072}, "tensors": ROPE_FREQS},
     "linear over llama3": {"keys": OVER_LLAMA3, "tensors": ROPE_FREQS},
+    "llama3 as recorded": {
+        "keys": PLAIN,
+        "tensors": ODD_FREQS,
+        "general": RECORD,
+        "types": dict.fromkeys((key for key in RECORD if "factor" in key), Type.FLOAT64),
+    },
     "llama yarn": {"keys": YARN},
+    "both spellings of one factor": linear(rope__scale_linear=8.0),
+    "the longest context": {"keys": {**PLAIN, "context_length": 2**31 - 1}},
     "qwen2": {"architecture": "qwen2", "keys": LINEAR},
     "gemma": {"architecture": "gemma", "keys": PLAIN, "tokenizer": SPM},
     "gemma3": {"architecture": "gemma3", "keys": GEMMA3, "tokenizer": SPM},
@@ -85,14 +107,6 @@ RIGHT = {
         "keys": {**PLAIN, "rope.scaling.finetuned": False},
     },
 }
-
-
-def linear(**changes: Any) -> dict[str, Any]:
-    return {"keys": {**LINEAR, **{key.replace("__", "."): v for key, v in changes.items()}}}
-
-
-def tokenizer(**changes: Any) -> dict[str, Any]:
-    return {"tokenizer": {**TOKENIZER, **{f"tokenizer.ggml.{k}": v for k, v in changes.items()}}}
 
 
 W, N = Severity.WRONG, Severity.NOTE
@@ -121,6 +135,9 @@ FAULTS: list[tuple[str, Severity, dict[str, Any]]] = [
     ("rope.factor.legacy-key", N, linear(rope__scale_linear=8.0, rope__scaling__factor=None)),
     ("rope.factor.dropped", W, linear(rope__scaling__factor=None, rope__scaling__type=None)),
     ("context.missing", W, linear(context_length=None)),
+    ("context.missing", W, linear(context_length=0)),
+    ("context.out-of-range", W, {"keys": {**PLAIN, "context_length": 2**31}}),
+    ("context.out-of-range", W, linear(context_length=2**32 - 1)),
     ("context.not-extended", W, linear(context_length=128)),
     ("context.not-extended", W,
      {**linear(context_length=4096, rope__scaling__factor=4.0,
@@ -137,6 +154,14 @@ FAULTS: list[tuple[str, Severity, dict[str, Any]]] = [
     ("rope.theta.missing", W, {**linear(rope__freq_base=None), "architecture": "qwen2"}),
     ("rope.theta.out-of-range", W, linear(rope__freq_base=float("nan"))),
     ("rope.dimensions.mismatch", W, linear(rope__dimension_count=8)),
+    ("rope.dimensions.mismatch", W, linear(rope__dimension_count=0)),
+    ("rope.dimensions.mismatch", W,
+     {"architecture": "qwen2", "keys": {**PLAIN, "rope.dimension_count": 8}}),
+    ("rope.dimensions.mismatch", W,
+     {"architecture": "gemma", "keys": {**PLAIN, "rope.dimension_count": 0}}),
+    ("rope.dimensions.mismatch", W,
+     {"architecture": "stablelm",
+      "keys": {**PLAIN, "rope.dimension_count": 0, "attention.head_count": None}}),
     ("rope.dimensions.mismatch", W,
      {"architecture": "gemma", "keys": {**PLAIN, "rope.dimension_count": 32}}),
     ("rope.attention-factor.not-yarn", W, linear(rope__scaling__attn_factor=0.8)),
@@ -148,6 +173,8 @@ FAULTS: list[tuple[str, Severity, dict[str, Any]]] = [
     ("rope.factors.ones", N, {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}),
     ("rope.factors.unknown", N,
      {"tensors": {"rope_freqs.weight": np.linspace(1, 7.5, 8, dtype=np.float32)}}),
+    ("rope.factors.record", W, {"tensors": ROPE_FREQS, "general": {**RECORD, FACTOR_OF_IT: 9.0}}),
+    ("rope.factors.record", W, {"tensors": ROPE_FREQS, "general": {**RECORD, FACTOR_OF_IT: None}}),
     ("rope.factors.scaled-twice", W, {**linear(), "tensors": ROPE_FREQS}),
     ("rope.factors.interpolated", N, {"keys": OVER_LLAMA3, "tensors": ROPE_FREQS}),
     ("rope.not-used", W, {**linear(), "architecture": "gpt2"}),
@@ -158,6 +185,9 @@ FAULTS: list[tuple[str, Severity, dict[str, Any]]] = [
      {"architecture": "granitehybrid", "keys": {**LINEAR, "rope.scaling.finetuned": False}}),
     ("attention.window-ignored", N, linear(attention__sliding_window=64)),
     ("tokenizer.missing", W, {"tokenizer": {}}),
+    ("tokenizer.model.unknown", W, tokenizer(model="nonsense")),
+    ("tokenizer.model.unknown", W, tokenizer(model="")),
+    ("tokenizer.merges.missing", W, tokenizer(model="hybriddna", merges=None)),
     ("tokenizer.none", N, {"tokenizer": {"tokenizer.ggml.model": "no_vocab"}}),
     ("tokenizer.tokens.missing", W, tokenizer(tokens=None)),
     ("tokenizer.lengths", W, tokenizer(token_type=[1] * (VOCABULARY - 1))),
@@ -260,7 +290,7 @@ def test_exit_codes_and_text(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert "WRONG  rope.type.none-with-factor" in result.output
     assert f"pi-convert fix {wrong}" in " ".join(result.output.split())
-    with pytest.raises(SourceError, match="no file"):
+    with pytest.raises(SourceError, match="no such file"):
         CliRunner().invoke(command, [str(tmp_path / "nowhere.gguf")], catch_exceptions=False)
 
 
@@ -284,7 +314,15 @@ quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
 params = llama_cpp.llama_model_default_params()
 model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
-print(llama_cpp.llama_model_rope_freq_scale_train(model) if model else "refused")
+if not model:
+    sys.exit(print("refused"))
+context = llama_cpp.llama_model_n_ctx_train(model)
+if context < 0:
+    sys.exit(print("a context of", context))
+params = llama_cpp.llama_context_default_params()
+params.n_ctx = 64
+llama_cpp.llama_init_from_model(model, params)
+print(llama_cpp.llama_model_rope_freq_scale_train(model))
 """
 
 
@@ -307,7 +345,12 @@ def loaded_by_llama_cpp(path: Path) -> str:
         (linear(rope__scale_linear=8.0, rope__scaling__factor=None), "0.125"),
         (linear(rope__scaling__type="ntk"), "aborted"),
         ({**linear(), "types": {EIGHT: Type.FLOAT64}}, "refused"),
+        (linear(rope__scale_linear=4.0), "0.125"),
         (linear(rope__dimension_count=8), "refused"),
+        (linear(rope__dimension_count=0), "refused"),
+        (linear(context_length=2**31), "a context of -2147483648"),
+        ({"architecture": "qwen2", "keys": {**PLAIN, "rope.dimension_count": 0}}, "aborted"),
+        (tokenizer(model="nonsense"), "refused"),
         (linear(context_length=None), "refused"),
         ({"architecture": "qwen2", "tensors": ROPE_FREQS}, "refused"),
         (tokenizer(merges=None), "refused"),
@@ -322,7 +365,7 @@ def test_llama_cpp_does_what_the_findings_say(
 ) -> None:
     path = write_header(tmp_path / "model.gguf", **made)
     assert loaded_by_llama_cpp(path) == says
-    if says in ("refused", "aborted"):
+    if says in ("refused", "aborted") or says.startswith("a context"):
         assert not audit_path(path).is_right
 
 

@@ -83,6 +83,16 @@ BROKEN: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_factor_near_a_whole_number_is_not_shown_as_one(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "x.gguf", keys=LINEAR)
+    out = tmp_path / "fixed.gguf"
+    words = [str(path), "--out", str(out), "--scale", "7.9999995"]
+    text = CliRunner().invoke(command, words).output
+    assert f"{out}: factor 7.9999995, L 128" in text
+    (line,) = (line for line in text.splitlines() if "rope.scaling.factor" in line)
+    assert line.split()[1:] == ["8", "7.9999995"]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_every_fault_is_repaired(tmp_path: Path, name: str) -> None:
     path = write_header(tmp_path / "broken.gguf", **BROKEN[name])

@@ -32,6 +32,15 @@ def evidence(document: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     return {e["name"]: (e["told_by"], e["assumed"]) for e in document["rope"]["evidence"]}
 
 
+def test_a_factor_near_a_whole_number_is_not_shown_as_one(tmp_path: Path) -> None:
+    rope = {"rope_scaling": {"rope_type": "linear", "factor": 1.0000001}}
+    folder = write_tiny(tmp_path / "tiny", rope=rope)
+    file = write_header(tmp_path / "x.gguf", keys={**LINEAR, "rope.scaling.factor": 7.9999995})
+    for path, factor in ((folder, "1.0000001"), (file, "7.9999995")):
+        text = CliRunner().invoke(command, [str(path)]).output
+        assert f"effective factor  {factor}\n" in text
+
+
 def test_a_folder(tmp_path: Path) -> None:
     rope = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "max_position_embeddings": 512}
     folder = write_tiny(tmp_path / "tiny", shape=ODD, rope=rope, dtype="bf16")

@@ -32,6 +32,19 @@ def test_sizes_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
     assert sizes["f32"] > sizes["f16"] > sizes["q8_0"] > sizes["q4_0"]
 
 
+def test_sizes_are_those_of_the_files_of_a_scaled_export(folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(folder), "--scale", "2.5", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["scale"] == 2.5
+    sizes = {item["name"]: item["size_bytes"] for item in document["types"]}
+    checkpoint = open_checkpoint(str(folder)).interpolate(2.5)
+    for written in write_gguf(checkpoint, plan_gguf(checkpoint, ["f16", "q4_k_m"]), tmp_path):
+        assert written.path.stat().st_size == sizes[written.quantize]
+    plain = json.loads(CliRunner().invoke(command, [str(folder), "--json"]).stdout)
+    assert all(item["size_bytes"] < sizes[item["name"]] for item in plain["types"])
+
+
 def test_text_has_a_line_a_type(folder: Path) -> None:
     result = CliRunner().invoke(command, [str(folder)])
     assert result.exit_code == 0, result.output
