@@ -38,7 +38,7 @@ _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 4's and 5's
 # Further spellings of L' that a config may carry; vLLM takes the smallest of all.
 _CONTEXT_KEYS = ("max_sequence_length", "model_max_length", "max_seq_len", "seq_length")
-_SPECIAL_ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+SPECIAL_ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -94,8 +94,7 @@ def write_folder(
         raise OutputError(f"dtype {dtype!r}", hint=f"Expected one of {', '.join(DTYPES)}.")
     require_replaceable(out, checkpoint)
     chosen = ENCODINGS[dtype] if dtype else None
-    stored = [StoredTensor(t, _encoding(t.encoding, chosen, checkpoint)) for t in
-              checkpoint.tensors.values()]  # fmt: skip
+    stored = _stored(checkpoint, chosen)
     shards = plan_shards(stored, max_bytes=max_shard_bytes)
     small = _small_files(checkpoint, chosen, shards)
     total = sum(item.size_bytes for item in stored)
@@ -108,7 +107,7 @@ def write_folder(
         progress("write", done, total)
 
     with atomic_folder(out, force=force) as partial:
-        require_free_space(partial, total)
+        require_free_space(out, total)
         for shard in shards:
             hashes[shard.name] = write_shard(shard, partial, advance)
         for name, data in small.items():
@@ -117,6 +116,19 @@ def write_folder(
         _read_back(partial, checkpoint, shards)
         size_bytes = sum(file.stat().st_size for file in partial.iterdir())
     return FolderArtifact(out, dict(sorted(hashes.items())), size_bytes)
+
+
+def folder_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
+    """How many bytes of tensors ``write_folder`` would write."""
+    stored = _stored(checkpoint, ENCODINGS[dtype] if dtype else None)
+    return sum(item.size_bytes for item in stored)
+
+
+def _stored(checkpoint: Checkpoint, chosen: Encoding | None) -> list[StoredTensor]:
+    return [
+        StoredTensor(tensor, _encoding(tensor.encoding, chosen, checkpoint))
+        for tensor in checkpoint.tensors.values()
+    ]
 
 
 def folder_config(checkpoint: Checkpoint, encoding: Encoding | None = None) -> dict[str, object]:
@@ -156,7 +168,7 @@ def _new_config(checkpoint: Checkpoint) -> dict[str, object]:
         **architecture.expects,
         **write_config_hparams(checkpoint.hparams),
         **flags,
-        **{key: ids[name] for name, key in _SPECIAL_ID_KEYS.items() if name in ids},
+        **{key: ids[name] for name, key in SPECIAL_ID_KEYS.items() if name in ids},
         **dict.fromkeys(_DTYPE_KEYS, _TORCH_NAMES[F32.name]),
     }
 
@@ -167,14 +179,14 @@ def _small_files(
     files = dict(checkpoint.side_files)
     if _README not in files and (readme := _readme(checkpoint.card)):
         files[_README] = readme
-    files |= _tokenizer_files(checkpoint.vocabulary, checkpoint.rope.context)
+    files |= tokenizer_files(checkpoint.vocabulary, checkpoint.rope.context)
     files[_CONFIG] = _json(folder_config(checkpoint, encoding))
     if len(shards) > 1:
         files[_INDEX] = shard_index(shards)
     return files
 
 
-def _tokenizer_files(vocabulary: Vocabulary, context: int) -> dict[str, bytes]:
+def tokenizer_files(vocabulary: Vocabulary, context: int) -> dict[str, bytes]:
     """The source's own files where it has some, with the context they state brought up to date."""
     files = dict(vocabulary.files) or build_tokenizer_files(vocabulary)
     if _TOKENIZER_CONFIG in files:

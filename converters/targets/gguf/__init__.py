@@ -2,7 +2,7 @@
 
 ``plan_gguf`` says what will be written and refuses what would be wrong; ``write_gguf`` does it.
 ``types`` asks llama.cpp for the type of each tensor, ``ggml`` quantizes, ``metadata`` names the
-keys, ``stream`` moves the data, ``readback`` checks the result.
+keys, ``sink`` takes the rows, ``readback`` checks the result.
 """
 
 from converters.targets.gguf.plan import (

@@ -18,7 +18,8 @@ from converters.progress import Progress, silent
 from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.plan import GgufPlan
 from converters.targets.gguf.readback import check_file
-from converters.targets.gguf.stream import Stream, Target, default_threads, write_all
+from converters.targets.gguf.sink import GgufSink, streamed
+from converters.targets.stream import Stream, default_threads, write_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +82,19 @@ def _write_data(
     progress: Progress,
 ) -> list[Layout]:
     with contextlib.ExitStack() as stack:
-        targets = []
+        sinks = []
         for plan, partial in zip(plans, partials, strict=True):
             layout = plan.layout()
             descriptor = stack.enter_context(_descriptor(partial, layout.size_bytes))
             offsets = {tensor.name: tensor.offset for tensor in layout.tensors.values()}
-            targets.append(Target(descriptor, offsets, plan.tensor_types))
-        stream = Stream(plans[0].outputs, targets, load_ggml(), progress=progress)
+            sinks.append(GgufSink(descriptor, plan.outputs, offsets, plan.tensor_types))
+        tensors = streamed(plans[0].outputs)
+        stream = Stream(tensors, sinks, load_ggml(), progress=progress)
         source_hash = stream.run(threads)
         # The header comes last: until then the file has no magic number and nothing loads it.
         layouts = [plan.layout(source_hash) for plan in plans]
-        for target, layout in zip(targets, layouts, strict=True):
-            write_all(target.descriptor, np.frombuffer(layout.header, np.uint8), 0)
+        for sink, layout in zip(sinks, layouts, strict=True):
+            write_all(sink.descriptor, np.frombuffer(layout.header, np.uint8), 0)
     return layouts
 
 

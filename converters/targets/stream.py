@@ -1,6 +1,7 @@
 """Source rows to quantized rows on a pool of threads: every tensor is read once, in chunks.
 
-A chunk is a few hundred thousand elements, so memory is threads x chunk whatever the model's size.
+Any number of files take what is made of a chunk, each in its own encoding and its own order. A
+chunk is a few hundred thousand elements, so memory is threads x chunk whatever the model's size.
 Rows are quantized independently of each other: the bytes do not depend on threads or chunks.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 
@@ -21,9 +23,7 @@ from converters.encodings import BF16, F16, F32, Encoding, decode_f32
 from converters.errors import TensorError
 from converters.progress import Progress, silent
 from converters.targets.gguf.ggml import Floats, Ggml, Raw
-from converters.targets.gguf.plan import OutputTensor
 from converters.tensor import Tensor
-from converters.transforms import interleave_rope
 
 # 2 MiB as float32: a chunk, its source and its results stay in a core's cache.
 CHUNK_ELEMENTS = 512 * 1024
@@ -33,19 +33,31 @@ STAGE = "writing"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """An open file: where each tensor goes, in bytes from its start, and in which type."""
+class StreamedTensor:
+    """A tensor to read: in chunks of ``unit_rows`` rows or a multiple of them."""
 
-    descriptor: int
-    offsets: Mapping[str, int]
-    types: Mapping[str, Encoding]
+    source: Tensor
+    unit_rows: int = 1
+    is_weight: bool = True  # False: made by us, no part of the source's hash
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    output: OutputTensor
-    start: int  # rows
+class Chunk:
+    """Some rows of a tensor."""
+
+    tensor: StreamedTensor
+    start: int
     stop: int
+
+
+class Sink(Protocol):
+    """A file that takes the rows of some tensors; called from several threads at once."""
+
+    def encoding_of(self, name: str) -> Encoding | None:
+        """What the tensor ``name`` is written in; None where the file has no such tensor."""
+
+    def put(self, chunk: Chunk, rows: Raw) -> None:
+        """Takes the chunk's rows in that encoding, in the source's order."""
 
 
 class _Turns:
@@ -56,7 +68,7 @@ class _Turns:
         self._next_row = 0
         self._turn = threading.Condition()
 
-    def update(self, chunk: _Chunk, raw: Raw, cancelled: threading.Event) -> None:
+    def update(self, chunk: Chunk, raw: Raw, cancelled: threading.Event) -> None:
         with self._turn:
             while self._next_row != chunk.start:
                 # The chunk before is in the hands of another thread, unless that one has failed.
@@ -76,22 +88,22 @@ class Stream:
 
     def __init__(
         self,
-        outputs: Sequence[OutputTensor],
-        targets: Sequence[Target],
+        tensors: Sequence[StreamedTensor],
+        sinks: Sequence[Sink],
         ggml: Ggml,
         *,
         progress: Progress = silent,
     ) -> None:
-        self._outputs = outputs
-        self._targets = targets
+        self._tensors = tensors
+        self._sinks = sinks
         self._ggml = ggml
         self._progress = progress
-        self._chunks = _split(outputs, CHUNK_ELEMENTS)
-        self._hashes = {output.name: _Turns() for output in outputs}
+        self._chunks = _split(tensors, CHUNK_ELEMENTS)
+        self._hashes = {tensor.source.name: _Turns() for tensor in tensors}
         self._cancelled = threading.Event()
         self._lock = threading.Lock()  # of the iterator of chunks and the count of bytes
         self._done_bytes = 0
-        self._total_bytes = sum(output.source.size_bytes for output in outputs)
+        self._total_bytes = sum(tensor.source.size_bytes for tensor in tensors)
 
     def run(self, threads: int) -> str:
         """The content hash of the source, once every tensor is written.
@@ -99,7 +111,7 @@ class Stream:
         Raises what the first failing thread raised, such as ``TensorError`` for a weight that is
         not finite; Ctrl-C ends the other threads after their current chunk.
         """
-        with ThreadPoolExecutor(threads, thread_name_prefix="gguf") as pool:
+        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
             try:
                 running = {pool.submit(self._work) for _ in range(threads)}
                 while running:
@@ -109,11 +121,8 @@ class Stream:
                         worker.result()
             finally:
                 self._cancelled.set()
-        weights = {o.source.name: o for o in self._outputs if o.is_weight}
-        return content_hash(
-            {name: o.source for name, o in weights.items()},
-            {name: self._hashes[o.name].hexdigest() for name, o in weights.items()},
-        )
+        weights = {t.source.name: t.source for t in self._tensors if t.is_weight}
+        return content_hash(weights, {n: self._hashes[n].hexdigest() for n in weights})
 
     def _work(self) -> None:
         while not self._cancelled.is_set():
@@ -123,25 +132,23 @@ class Stream:
                 return
             self._convert(chunk)
 
-    def _convert(self, chunk: _Chunk) -> None:
-        output = chunk.output
-        encoding = output.source.encoding
-        raw = output.source.read_rows(chunk.start, chunk.stop)
-        self._hashes[output.name].update(chunk, raw, self._cancelled)
-        if not self._is_finite(raw, encoding):
+    def _convert(self, chunk: Chunk) -> None:
+        source = chunk.tensor.source
+        raw = source.read_rows(chunk.start, chunk.stop)
+        self._hashes[source.name].update(chunk, raw, self._cancelled)
+        if not self._is_finite(raw, source.encoding):
             raise TensorError(
-                f"{output.source.name} holds values that are not finite (NaN or infinity)",
+                f"{source.name} holds values that are not finite (NaN or infinity)",
                 hint="The weights are damaged; fetch or train them again.",
             )
-        made = {encoding: _laid_out(raw, chunk)}
-        for target in self._targets:
-            wanted = target.types[output.name]
+        made = {source.encoding: raw}
+        for sink in self._sinks:
+            wanted = sink.encoding_of(source.name)
+            if wanted is None:
+                continue
             if wanted not in made:
-                made[wanted] = self._quantized(made, output.source, wanted)
-            rows = made[wanted]
-            write_all(
-                target.descriptor, rows, target.offsets[output.name] + chunk.start * rows.shape[1]
-            )
+                made[wanted] = self._quantized(made, source, wanted)
+            sink.put(chunk, made[wanted])
         with self._lock:
             self._done_bytes += raw.nbytes
             done = self._done_bytes
@@ -174,30 +181,13 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _split(outputs: Iterable[OutputTensor], chunk_elements: int) -> Iterator[_Chunk]:
-    """Chunks in the order of rows; where rows move within a head, of whole heads."""
-    for output in outputs:
-        source = output.source
-        unit = source.shape[0] // output.rope_heads if output.rope_heads else 1
-        if len(source.shape) == 1:
-            unit = 1  # one row, the whole vector
+def _split(tensors: Iterable[StreamedTensor], chunk_elements: int) -> Iterator[Chunk]:
+    """Chunks in the order of rows."""
+    for tensor in tensors:
+        source, unit = tensor.source, tensor.unit_rows
         rows = unit * max(1, ceil(chunk_elements / (source.row_elements * unit)))
         for start in range(0, source.rows, rows):
-            yield _Chunk(output, start, min(start + rows, source.rows))
-
-
-def _laid_out(raw: Raw, chunk: _Chunk) -> Raw:
-    """The chunk's rows in the order that the file has them."""
-    output = chunk.output
-    if not output.rope_heads:
-        return raw
-    source = output.source
-    rows = chunk.stop - chunk.start
-    vector = len(source.shape) == 1
-    shape = source.shape if vector else (rows, *source.shape[1:])
-    heads = output.rope_heads if vector else rows * output.rope_heads // source.shape[0]
-    part = Tensor(source.name, shape, source.encoding, lambda start, stop: raw[start:stop])
-    return interleave_rope(part, heads).read_rows(0, rows)
+            yield Chunk(tensor, start, min(start + rows, source.rows))
 
 
 def _decode(ggml: Ggml, raw: Raw, encoding: Encoding) -> Floats:

@@ -1,0 +1,24 @@
+"""The ONNX target: one folder that ONNX Runtime and its clients load as it is.
+
+``plan_onnx`` says what a file will hold, ``preflight`` whether it can run, ``write_onnx`` does it.
+``graph`` builds the decoder from ``attention`` and ``linear``, ``padding`` turns padded rows and
+``masking`` masks them, ``weights`` lays out blocks, ``clients`` writes the small files and
+``readback`` checks the result.
+"""
+
+from converters.targets.onnx.options import GraphOptions
+from converters.targets.onnx.plan import PRECISIONS, OnnxPlan, plan_onnx
+from converters.targets.onnx.preflight import Device, preflight
+from converters.targets.onnx.write import OnnxArtifact, require_replaceable, write_onnx
+
+__all__ = [
+    "PRECISIONS",
+    "Device",
+    "GraphOptions",
+    "OnnxArtifact",
+    "OnnxPlan",
+    "plan_onnx",
+    "preflight",
+    "require_replaceable",
+    "write_onnx",
+]
