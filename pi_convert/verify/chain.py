@@ -5,17 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Sequence
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.progress import Progress, silent
 from converters.rope import RopeParameters
 from converters.targets.gguf.ggml import load_ggml
 from pi_convert.evaluate.windows import TokenStream, encode_documents
-from pi_convert.runtimes.llamacpp import cores, load_in_child, require_device
+from pi_convert.runtimes.llamacpp import require_device
+from pi_convert.runtimes.ort import require_provider
 from pi_convert.runtimes.pytorch import limit_threads
 from pi_convert.verify import execution, gates, quality
-from pi_convert.verify.request import Expected, Subject, VerifyRequest, expected_rope, open_artifact
+from pi_convert.verify.artifact import Artifact
+from pi_convert.verify.folder_tokenizer import verify_folder_tokenizer
+from pi_convert.verify.gguf_artifact import GgufArtifact
+from pi_convert.verify.onnx_artifact import OnnxArtifact
+from pi_convert.verify.onnx_rope import verify_onnx_rope, verify_stored_onnx_rope
+from pi_convert.verify.request import (
+    Expected,
+    Subject,
+    VerifyRequest,
+    expected_rope,
+    is_onnx,
+    open_artifact,
+)
 from pi_convert.verify.rope import verify_rope, verify_stored_rope
 from pi_convert.verify.tokenizer_reference import ReferenceEncoder, reference_encoder
 from pi_convert.verify.verdict import LinkName, LinkResult, Status, Verdict
@@ -32,10 +44,8 @@ def verify(request: VerifyRequest, progress: Progress = silent) -> Verdict:
     scale cannot be applied.
     """
     started = time.monotonic()
-    require_device(request.llamacpp)
-    if request.llamacpp.threads is not None:
-        limit_threads(request.llamacpp.threads)
-    artifact = open_artifact(request.artifact, request.source)
+    _require_runtime(request)
+    artifact = open_artifact(request)
     expected = expected_rope(request, artifact)
     subject = Subject(request, artifact, expected)
     reference = reference_encoder(request.source.vocabulary)
@@ -50,22 +60,57 @@ def verify(request: VerifyRequest, progress: Progress = silent) -> Verdict:
         source=request.source.origin.label,
         preset=request.preset,
         links=tuple(links),
-        environment=_environment(request),
+        environment=_environment(request, artifact),
         expected_rope=_rope_text(expected),
         seconds=time.monotonic() - started,
     )
 
 
+def _require_runtime(request: VerifyRequest) -> None:
+    threads = request.llamacpp.threads
+    if is_onnx(request.artifact):
+        require_provider(request.ort)
+        threads = request.ort.threads
+    else:
+        require_device(request.llamacpp)
+    if threads is not None:
+        limit_threads(threads)
+
+
 def _run(subject: Subject, reference: ReferenceEncoder, progress: Progress) -> list[LinkResult]:
     stream = _stream(subject, reference)
     links = [
-        verify_rope(subject, stream, progress),
+        _rope(subject, stream, progress),
         verify_weights(subject, progress),
-        verify_tokenizer(subject, reference, progress),
+        _tokenizer(subject, reference, progress),
     ]
     if (reason := execution.cannot_run(subject)) is not None:
         return [*links, _not_run(LinkName.EXECUTION, reason), _not_run(LinkName.QUALITY, reason)]
     return [*links, *_executed(subject, stream, progress)]
+
+
+def _rope(subject: Subject, stream: TokenStream, progress: Progress) -> LinkResult:
+    match subject.artifact:
+        case GgufArtifact() as gguf:
+            return verify_rope(subject, gguf, stream, progress)
+        case OnnxArtifact() as onnx:
+            return verify_onnx_rope(subject, onnx, stream, progress)
+    raise TypeError(type(subject.artifact))
+
+
+def _stored_rope(subject: Subject, reason: str) -> LinkResult:
+    match subject.artifact:
+        case GgufArtifact() as gguf:
+            return verify_stored_rope(subject, gguf, reason)
+        case OnnxArtifact() as onnx:
+            return verify_stored_onnx_rope(subject, onnx, reason)
+    raise TypeError(type(subject.artifact))
+
+
+def _tokenizer(subject: Subject, reference: ReferenceEncoder, progress: Progress) -> LinkResult:
+    if isinstance(subject.artifact, OnnxArtifact):
+        return verify_folder_tokenizer(subject, subject.artifact, reference, progress)
+    return verify_tokenizer(subject, reference, progress)
 
 
 def _executed(subject: Subject, stream: TokenStream, progress: Progress) -> list[LinkResult]:
@@ -129,16 +174,13 @@ def _other_architecture(subject: Subject) -> list[LinkResult]:
 
 
 def _load_problem(subject: Subject) -> str | None:
-    """Why the artifact cannot be run; loaded in a child process, since llama.cpp may abort."""
+    """Why the artifact cannot be run."""
     artifact = subject.artifact
-    if artifact.rope_problem is not None:
-        return artifact.rope_problem
-    problem = load_in_child(artifact.path)
-    return None if problem is None else f"llama.cpp cannot load the file: {problem}"
+    return artifact.rope_problem or artifact.load_problem()
 
 
 def _not_loadable(subject: Subject, reason: str, progress: Progress) -> list[LinkResult]:
-    links = [verify_stored_rope(subject, reason)]
+    links = [_stored_rope(subject, reason)]
     links += [verify_weights(subject, progress), _not_run(LinkName.TOKENIZER, reason)]
     links += [LinkResult(LinkName.EXECUTION, Status.FAILED, reason, cause=reason)]
     return [*links, _not_run(LinkName.QUALITY, reason)]
@@ -157,29 +199,16 @@ def _rope_text(expected: Expected) -> str:
     )
 
 
-_PACKAGES: Sequence[str] = (
-    "llama-cpp-python",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "gguf",
-    "numpy",
-)
+_PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "numpy")
 
 
-def _environment(request: VerifyRequest) -> dict[str, str]:
-    options = request.llamacpp
-    attention = {None: "auto", True: "on", False: "off"}[options.flash_attention]
+def _environment(request: VerifyRequest, artifact: Artifact) -> dict[str, str]:
+    packages = (*artifact.packages, *_PACKAGES)
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        **{package: importlib.metadata.version(package) for package in packages},
         "quantizer": load_ggml().fingerprint(),
         "torch device": request.device,
-        "llama.cpp device": options.device,
-        "threads": str(options.threads or cores()),
-        "ubatch": str(options.ubatch),
-        "flash attention": attention,
-        "kv cache": options.kv_cache_type,
-        "gpu layers": str(options.n_gpu_layers or 0),
+        **artifact.environment(),
     }

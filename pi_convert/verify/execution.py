@@ -1,4 +1,4 @@
-"""Link 4: the artifact in llama.cpp against torch on the artifact's own dequantized weights.
+"""Link 4: the artifact in its runtime against torch on the artifact's own dequantized weights.
 
 Three windows: one across L, one at the far end of L', and a short one where controls run beside the
 right RoPE and where the cost of rounding alone is measured. Quality's measures (link 5) are taken
@@ -18,13 +18,13 @@ from converters.rope import RopeParameters
 from pi_convert.evaluate.statistics import Comparison
 from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
 from pi_convert.runtimes.base import Runtime, Session
-from pi_convert.runtimes.llamacpp import ImposedRope
 from pi_convert.runtimes.pytorch import TorchModel, decodes_independently
 from pi_convert.verify import gates
 from pi_convert.verify.request import Subject
 from pi_convert.verify.verdict import Control, LinkName, LinkResult, Preset, Status
 
 DROPPED = "factor dropped"
+_RIGHT = ("artifact", "right")  # KL of the first against the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,46 +90,12 @@ class Oracles:
 
 def measure(subject: Subject, oracles: Oracles, windows: Windows, progress: Progress) -> Execution:
     """Runs every window once, all runtimes in lockstep. Raises ``ConvertError`` from a runtime."""
-    rope = subject.expected.rope
-    with contextlib.closing(subject.load()) as artifact:
-        dropped = rope.unscaled() if rope.factor != 1.0 else None
-        separate = oracles.source is not oracles.own
-        past = _Lockstep(windows.past, progress)
-        past.add("artifact", artifact)
-        past.add("right", oracles.own)
-        if separate:
-            past.add("source", oracles.source)
-        if dropped is not None:
-            past.add(DROPPED, oracles.own, rope=dropped)
-        pairs = {"right": ("artifact", "right"), "source": ("artifact", "source")}
-        if not separate:
-            pairs["source"] = pairs["right"]
-        if dropped is not None:
-            pairs[DROPPED] = ("artifact", DROPPED)
-        across = past.compare(pairs)
-
-        far = _Lockstep(windows.far, progress)
-        far.add("artifact", artifact)
-        far.add("right", oracles.own)
-        reach = far.compare({"right": ("artifact", "right")})
-
-        control = _Lockstep(windows.control, progress)
-        control.add("artifact", artifact)
-        control.add("right", oracles.own)
-        control.add("rounded", oracles.own, rounded=True)
-        control.add("source", oracles.source)
-        control.add("unscaled", oracles.source, rope=rope.unscaled())
-        faults = fault_ropes(rope)
-        for name, fault in faults.items():
-            control.add(name, oracles.own, rope=fault)
-        found = control.compare(
-            {
-                "right": ("artifact", "right"),
-                "rounding": ("rounded", "right"),
-                "unscaled": ("source", "unscaled"),
-                **{name: ("artifact", name) for name in faults},
-            }
-        )
+    faults = fault_ropes(subject.expected.rope)
+    with contextlib.closing(subject.artifact.load()) as artifact:
+        runs = _Runs(artifact, oracles, subject.expected.rope, progress)
+        across = runs.across(windows.past)
+        reach = runs.right_alone(windows.far)
+        found = runs.beside_controls(windows.control, faults)
     return Execution(
         past=across["right"],
         past_dropped=across.get(DROPPED),
@@ -140,6 +106,57 @@ def measure(subject: Subject, oracles: Oracles, windows: Windows, progress: Prog
         source=across["source"],
         unscaled=found["unscaled"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The artifact and the oracles, run over each kind of window."""
+
+    artifact: Runtime
+    oracles: Oracles
+    rope: RopeParameters
+    progress: Progress
+
+    def across(self, window: Window) -> dict[str, Comparison]:
+        """The right RoPE, the source's own weights, and the factor dropped where there is one."""
+        lockstep = self._right(window)
+        pairs = {"right": _RIGHT, "source": _RIGHT}
+        if self.oracles.source is not self.oracles.own:
+            lockstep.add("source", self.oracles.source)
+            pairs["source"] = ("artifact", "source")
+        if self.rope.factor != 1.0:
+            lockstep.add(DROPPED, self.oracles.own, rope=self.rope.unscaled())
+            pairs[DROPPED] = ("artifact", DROPPED)
+        return lockstep.compare(pairs)
+
+    def right_alone(self, window: Window) -> dict[str, Comparison]:
+        """The right RoPE."""
+        return self._right(window).compare({"right": _RIGHT})
+
+    def beside_controls(
+        self, window: Window, faults: Mapping[str, RopeParameters]
+    ) -> dict[str, Comparison]:
+        """The right RoPE, rounding alone, every fault, and what interpolation alone moves."""
+        lockstep = self._right(window)
+        lockstep.add("rounded", self.oracles.own, rounded=True)
+        lockstep.add("source", self.oracles.source)
+        lockstep.add("unscaled", self.oracles.source, rope=self.rope.unscaled())
+        for name, fault in faults.items():
+            lockstep.add(name, self.oracles.own, rope=fault)
+        return lockstep.compare(
+            {
+                "right": _RIGHT,
+                "rounding": ("rounded", "right"),
+                "unscaled": ("source", "unscaled"),
+                **{name: ("artifact", name) for name in faults},
+            }
+        )
+
+    def _right(self, window: Window) -> _Lockstep:
+        lockstep = _Lockstep(window, self.progress)
+        lockstep.add("artifact", self.artifact)
+        lockstep.add("right", self.oracles.own)
+        return lockstep
 
 
 class _Lockstep:
@@ -183,7 +200,7 @@ class _Lockstep:
 def gate_of(subject: Subject, execution: Execution) -> float:
     """The largest mean KL that a right artifact may have."""
     gate = max(gates.FLOAT_MEAN_KL, gates.ROUNDING_MARGIN * execution.rounding.mean_kl)
-    if subject.request.llamacpp.device == "cuda" and subject.artifact.is_quantized:
+    if subject.artifact.on_gpu and subject.artifact.is_quantized:
         gate = max(gate, gates.CUDA_QUANTIZED_MEAN_KL)
     return gate
 
@@ -192,46 +209,49 @@ def judge(
     subject: Subject, execution: Execution, windows: Windows, progress: Progress
 ) -> LinkResult:
     """Every window under the gate, every control far over it."""
-    gate = gate_of(subject, execution)
+    gate, runtime = gate_of(subject, execution), subject.artifact.runtime_name
     right = {
         windows.past.name: execution.past.mean_kl,
         windows.far.name: execution.far.mean_kl,
         windows.control.name: execution.control.mean_kl,
     }
+    controls = _controls(execution, gate)
+    result = LinkResult(
+        LinkName.EXECUTION,
+        Status.PASSED,
+        f"{runtime} and torch agree: {_largest(right)}, at most {gate:.2g} allowed",
+        {
+            **{f"mean KL, {name}": kl for name, kl in right.items()},
+            "mean KL of rounding alone": execution.rounding.mean_kl,
+            "gate": gate,
+            "scored across L": f"{windows.past.scored} tokens from {windows.past.scored_from}",
+            "reached position": windows.far.position + windows.far.tokens - 1,
+        },
+        controls,
+        notes=_notes(subject),
+    )
+    if over := {name: kl for name, kl in right.items() if not kl <= gate}:
+        summary = f"{runtime} and torch differ: {_largest(over)}, at most {gate:.2g} allowed"
+        cause = cause_by_intervention(subject, windows.control, gate, progress)
+        return dataclasses.replace(
+            result, status=Status.FAILED, summary=summary, cause=cause, findings=(summary, cause)
+        )
+    if unseen := [control.name for control in controls if not control.seen]:
+        summary = f"this model cannot tell a wrong RoPE: {', '.join(unseen)} not seen"
+        return dataclasses.replace(result, status=Status.INCONCLUSIVE, summary=summary)
+    return result
+
+
+def _controls(execution: Execution, gate: float) -> tuple[Control, ...]:
+    """The factor dropped first, on the window across L; then every fault on the control window."""
     controls = [
         _control(name, fault.mean_kl, execution.control.mean_kl, gate)
         for name, fault in execution.faults.items()
     ]
     if execution.past_dropped is not None:
-        past = execution.past_dropped.mean_kl
-        controls.insert(0, _control(DROPPED, past, execution.past.mean_kl, gate))
-    over = {name: kl for name, kl in right.items() if not kl <= gate}
-    measures: dict[str, float | int | str] = {
-        **{f"mean KL, {name}": kl for name, kl in right.items()},
-        "mean KL of rounding alone": execution.rounding.mean_kl,
-        "gate": gate,
-        "scored across L": f"{windows.past.scored} tokens from {windows.past.scored_from}",
-        "reached position": windows.far.position + windows.far.tokens - 1,
-    }
-    result = LinkResult(
-        LinkName.EXECUTION,
-        Status.PASSED,
-        f"llama.cpp and torch agree: {_largest(right)}, at most {gate:.2g} allowed",
-        measures,
-        tuple(controls),
-        notes=_notes(subject),
-    )
-    if over:
-        summary = f"llama.cpp and torch differ: {_largest(over)}, at most {gate:.2g} allowed"
-        cause = cause_by_intervention(subject, windows.control, gate, progress)
-        return dataclasses.replace(
-            result, status=Status.FAILED, summary=summary, cause=cause, findings=(summary, cause)
-        )
-    unseen = [control.name for control in controls if not control.seen]
-    if unseen:
-        summary = f"this model cannot tell a wrong RoPE: {', '.join(unseen)} not seen"
-        return dataclasses.replace(result, status=Status.INCONCLUSIVE, summary=summary)
-    return result
+        dropped = execution.past_dropped.mean_kl
+        controls.insert(0, _control(DROPPED, dropped, execution.past.mean_kl, gate))
+    return tuple(controls)
 
 
 def _notes(subject: Subject) -> tuple[str, ...]:
@@ -255,10 +275,10 @@ def _largest(kls: Mapping[str, float]) -> str:
 
 def cause_by_intervention(subject: Subject, window: Window, gate: float, progress: Progress) -> str:
     """Puts the expected RoPE in by force and sees whether the difference goes away."""
-    imposed = ImposedRope.of(subject.expected.rope)
+    rope, runtime = subject.expected.rope, subject.artifact.runtime_name
     oracle = TorchModel(subject.own_weights(), device=subject.request.device)
     try:
-        with subject.load(imposed) as artifact:
+        with contextlib.closing(subject.artifact.load(rope)) as artifact:
             lockstep = _Lockstep(window, progress)
             lockstep.add("imposed", artifact)
             lockstep.add("right", oracle)
@@ -267,8 +287,8 @@ def cause_by_intervention(subject: Subject, window: Window, gate: float, progres
         oracle.close()
     if kl <= gate:
         return (
-            f"RoPE: with factor {imposed.factor:.8g}, theta {imposed.theta:g} imposed"
-            f" llama.cpp agrees (mean KL {kl:.2g})"
+            f"RoPE: with factor {rope.factor:.8g}, theta {rope.theta:g} imposed"
+            f" {runtime} agrees (mean KL {kl:.2g})"
         )
     return f"not the RoPE keys: with the expected RoPE imposed the mean KL is still {kl:.2g}"
 
@@ -276,7 +296,7 @@ def cause_by_intervention(subject: Subject, window: Window, gate: float, progres
 def cannot_run(subject: Subject) -> str | None:
     """Why the artifact cannot be run beside torch; None where it can."""
     artifact = subject.artifact
-    if artifact.rope is None:
+    if artifact.rope_problem is not None:
         return artifact.rope_problem
     if not artifact.is_complete:
         names = [*artifact.missing, *artifact.misshapen]

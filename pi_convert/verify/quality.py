@@ -7,6 +7,7 @@ gate is the distance to the source's own predictions with the expected RoPE, bot
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from math import exp, expm1, log1p
 
 from converters.progress import Progress
@@ -15,7 +16,7 @@ from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
 from pi_convert.runtimes.pytorch import TorchModel
 from pi_convert.verify import gates
 from pi_convert.verify.execution import Execution, Oracles
-from pi_convert.verify.request import Subject
+from pi_convert.verify.request import Subject, VerifyRequest
 from pi_convert.verify.verdict import LinkName, LinkResult, Status
 
 
@@ -50,50 +51,67 @@ def judge_quality(
         document=[*documents.document, *execution.source.document],
     )
     kl, nll = merged.clustered_kl(), merged.clustered_nll_difference()
-    max_kl = gates.MAX_KL if subject.request.max_kl is None else subject.request.max_kl
-    max_increase = subject.request.max_ppl_increase
-    max_nll = log1p(gates.MAX_PPL_INCREASE if max_increase is None else max_increase)
-    measures = {
-        **_measures(merged, nll),
-        **_interpolation_cost(subject, execution),
-        "documents": kl.clusters,
-        "largest mean KL allowed": max_kl,
-        "largest change of perplexity allowed": f"{expm1(max_nll):+.1%}",
-        "mean KL, upper end of 95 %": _upper(kl),
-        "change of NLL, ends of 95 %": _ends(nll),
-    }
-    over = []
-    if not kl.value <= max_kl:
-        over.append(f"mean KL {kl.value:.3g}, at most {max_kl:g}")
-    if not abs(nll.value) <= max_nll:
-        over.append(f"perplexity {expm1(nll.value):+.1%}, at most {expm1(max_nll):.1%} either way")
-    status, summary = (
-        Status.PASSED,
-        (
-            f"KL {kl.value:.2g} nats, perplexity {expm1(nll.value):+.2%}"
-            f" over {kl.clusters} documents"
-        ),
-    )
-    if over:
-        status, summary = Status.FAILED, "; ".join(over)
-    elif kl.clusters < gates.QUALITY_CLUSTERS:
-        status = Status.INCONCLUSIVE
-        summary = (
-            f"{kl.clusters} documents give no interval, {gates.QUALITY_CLUSTERS} are needed;"
-            " give more --text"
-        )
-    elif _crosses(kl, max_kl) or _crosses(nll, max_nll):
-        status = Status.INCONCLUSIVE
-        summary = "the 95 % interval reaches over the margin; give more --text"
+    margins = Margins.of(subject.request)
+    status, summary, over = _against(margins, kl, nll)
     return LinkResult(
         LinkName.QUALITY,
         status,
         summary,
-        measures,
+        {
+            **_measures(merged, nll),
+            **_interpolation_cost(subject, execution),
+            "documents": kl.clusters,
+            "largest mean KL allowed": margins.kl,
+            "largest change of perplexity allowed": f"{expm1(margins.nll):+.1%}",
+            "mean KL, upper end of 95 %": _upper(kl),
+            "change of NLL, ends of 95 %": _ends(nll),
+        },
         cause=summary if over else None,
-        findings=tuple(over),
+        findings=over,
         notes=_untrained(subject, execution),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """What link 5 allows."""
+
+    kl: float  # nats
+    nll: float  # nats, either way: the logarithm of the change of perplexity
+
+    @classmethod
+    def of(cls, request: VerifyRequest) -> Margins:
+        """Those asked for, else the defaults."""
+        increase = request.max_ppl_increase
+        return cls(
+            kl=gates.MAX_KL if request.max_kl is None else request.max_kl,
+            nll=log1p(gates.MAX_PPL_INCREASE if increase is None else increase),
+        )
+
+
+def _against(margins: Margins, kl: Mean, nll: Mean) -> tuple[Status, str, tuple[str, ...]]:
+    """The status, the summary, and what is over a margin."""
+    over = []
+    if not kl.value <= margins.kl:
+        over.append(f"mean KL {kl.value:.3g}, at most {margins.kl:g}")
+    if not abs(nll.value) <= margins.nll:
+        allowed = f"at most {expm1(margins.nll):.1%} either way"
+        over.append(f"perplexity {expm1(nll.value):+.1%}, {allowed}")
+    if over:
+        return Status.FAILED, "; ".join(over), tuple(over)
+    if kl.clusters < gates.QUALITY_CLUSTERS:
+        summary = (
+            f"{kl.clusters} documents give no interval, {gates.QUALITY_CLUSTERS} are needed;"
+            " give more --text"
+        )
+        return Status.INCONCLUSIVE, summary, ()
+    if _crosses(kl, margins.kl) or _crosses(nll, margins.nll):
+        summary = "the 95 % interval reaches over the margin; give more --text"
+        return Status.INCONCLUSIVE, summary, ()
+    summary = (
+        f"KL {kl.value:.2g} nats, perplexity {expm1(nll.value):+.2%} over {kl.clusters} documents"
+    )
+    return Status.PASSED, summary, ()
 
 
 def _documents(
@@ -102,7 +120,7 @@ def _documents(
     found = Comparison()
     longest = min(gates.QUALITY_DOCUMENT_TOKENS, subject.expected.rope.context)
     documents = stream.documents(gates.QUALITY_DOCUMENTS, longest)
-    with contextlib.closing(subject.load()) as artifact:
+    with contextlib.closing(subject.artifact.load()) as artifact:
         for number, document in enumerate(documents):
             window = Window(f"document {number}", document, 0, 0)
             with (

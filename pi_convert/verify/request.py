@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from converters.checkpoint import Checkpoint
-from converters.containers.gguf import GgufFile, read_gguf_file
-from converters.errors import RopeError
 from converters.rope import RopeParameters
-from converters.rope.gguf import DIVISORS_TENSOR, EffectiveRope, effective_rope
-from converters.targets.gguf.metadata import VERSION_KEY
-from converters.tensor import Tensor
-from converters.transforms import deinterleave_rope
 from pi_convert.evaluate.texts import Document, default_documents
-from pi_convert.runtimes.llamacpp import ImposedRope, LlamaCppModel, LlamaCppOptions
+from pi_convert.runtimes.llamacpp import LlamaCppOptions
+from pi_convert.runtimes.ort import OrtOptions
+from pi_convert.verify.artifact import Artifact
+from pi_convert.verify.gguf_artifact import open_gguf_artifact
+from pi_convert.verify.onnx_artifact import open_onnx_artifact
 from pi_convert.verify.verdict import Preset
 
 
@@ -28,7 +23,7 @@ class VerifyRequest:
     """An artifact, the source it was made from, and the scale the export was asked for.
 
     ``scale`` never comes from the artifact: None proves only what the source itself says.
-    ``texts`` empty means the default text. ``device`` is torch's; llama.cpp has its own.
+    ``texts`` empty means the default text. ``device`` is torch's; the others have their own.
     """
 
     artifact: Path
@@ -38,6 +33,7 @@ class VerifyRequest:
     texts: tuple[Document, ...] = ()
     device: Literal["cpu", "cuda"] = "cpu"
     llamacpp: LlamaCppOptions = field(default_factory=LlamaCppOptions)
+    ort: OrtOptions = field(default_factory=OrtOptions)
     max_kl: float | None = None
     max_ppl_increase: float | None = None
 
@@ -46,83 +42,16 @@ class VerifyRequest:
         return self.texts or default_documents()
 
 
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """An opened artifact, read as far as it can be; what is wrong with it is kept, not raised.
-
-    ``tensors`` are those of the source's that it has in the right shape, under Hugging Face's
-    names, laid out as there, in the artifact's own encodings.
-    """
-
-    file: GgufFile
-    architecture: str
-    keys: Mapping[str, object]  # without the architecture's prefix
-    rope: EffectiveRope | None
-    rope_problem: str | None  # why llama.cpp could not load it
-    tensors: Mapping[str, Tensor]
-    missing: tuple[str, ...]  # GGUF names
-    unexpected: tuple[str, ...]
-    misshapen: tuple[str, ...]  # name, shape and the shape expected
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.file.path
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether the file says that pi-convert wrote it."""
-        return VERSION_KEY in self.file.keys
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every tensor of the source is there, in shape."""
-        return not (self.missing or self.misshapen)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether any weight is stored in blocks."""
-        return any(not tensor.encoding.is_float for tensor in self.tensors.values())
+def is_onnx(path: Path) -> bool:
+    """Whether an artifact is an ONNX file; anything else is taken for a GGUF."""
+    return path.suffix == ".onnx"
 
 
-def open_artifact(path: Path, source: Checkpoint) -> Artifact:
-    """Reads the header. Raises ``SourceError`` where the file is no whole GGUF."""
-    file = read_gguf_file(path)
-    architecture, keys = file.architecture, file.scoped_keys()
-    divisors = None
-    if DIVISORS_TENSOR in file.tensors:
-        tensor = file.tensor(DIVISORS_TENSOR)
-        divisors = tensor.read_f32(0, tensor.rows).reshape(-1)
-    rope, problem = None, None
-    try:
-        rope = effective_rope(keys, divisors, rotary_dim=source.hparams.head_dim, where=path.name)
-    except RopeError as error:
-        problem = error.message
-    tensors: dict[str, Tensor] = {}
-    missing, misshapen = [], []
-    expected = list(source.architecture.expected_tensors(source.hparams, source.groups))
-    for name, gguf, shape, spec in expected:
-        found = file.tensors.get(gguf)
-        if found is None:
-            missing.append(gguf)
-        elif found.shape != shape:
-            misshapen.append(f"{gguf} is {list(found.shape)}, expected {list(shape)}")
-        else:
-            heads = source.architecture.rope_heads(spec, source.hparams)
-            renamed = dataclasses.replace(file.tensor(gguf), name=name)
-            tensors[name] = deinterleave_rope(renamed, heads) if heads else renamed
-    known = {gguf for _, gguf, _, _ in expected} | {DIVISORS_TENSOR}
-    return Artifact(
-        file=file,
-        architecture=architecture,
-        keys=keys,
-        rope=rope,
-        rope_problem=problem,
-        tensors=tensors,
-        missing=tuple(missing),
-        unexpected=tuple(name for name in file.tensors if name not in known),
-        misshapen=tuple(misshapen),
-    )
+def open_artifact(request: VerifyRequest) -> Artifact:
+    """Reads the artifact's header. Raises ``SourceError`` where it is no whole GGUF or ONNX."""
+    if is_onnx(request.artifact):
+        return open_onnx_artifact(request.artifact, request.source, request.ort)
+    return open_gguf_artifact(request.artifact, request.source, request.llamacpp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +72,7 @@ def expected_rope(request: VerifyRequest, artifact: Artifact) -> Expected:
         return Expected(source.interpolate(request.scale))
     if source.factor != 1.0:
         return Expected(source)
-    claim = 1.0 if artifact.rope is None else float(str(np.float32(artifact.rope.factor)))
+    claim = 1.0 if artifact.claimed_factor is None else artifact.claimed_factor
     return Expected(source.interpolate(max(1.0, claim)), claimed=claim)
 
 
@@ -164,10 +93,4 @@ class Subject:
         """The artifact's own dequantized weights, with the expected RoPE."""
         return dataclasses.replace(
             self.source, tensors=self.artifact.tensors, rope=self.expected.rope
-        )
-
-    def load(self, imposed: ImposedRope | None = None) -> LlamaCppModel:
-        """The artifact in llama.cpp, as it is or with a RoPE imposed."""
-        return LlamaCppModel(
-            self.artifact.path, self.artifact.architecture, self.request.llamacpp, imposed
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from pi_convert.runtimes.base import Logits
 from pi_convert.runtimes.llamacpp import ImposedRope
 from pi_convert.runtimes.pytorch import reference_rope
 from pi_convert.verify import gates
-from pi_convert.verify.request import Artifact, Subject
+from pi_convert.verify.gguf_artifact import GgufArtifact
+from pi_convert.verify.request import Subject
+from pi_convert.verify.rope_result import largest_difference, rope_result
 from pi_convert.verify.verdict import Control, LinkName, LinkResult, Status
 
 _LOADS = 3  # of a right file: expected, as it is, the control
@@ -30,43 +32,48 @@ _KNOWN_KEYS = {
     keys.ORIGINAL_KEY,
     keys.ATTENTION_KEY,
     keys.LEGACY_FACTOR_KEY,
-    "rope.scaling.finetuned",  # printed, and read by granite only
+    keys.FINETUNED_KEY,  # printed, and read by granite only
 }
 
 
-def verify_rope(subject: Subject, stream: TokenStream, progress: Progress) -> LinkResult:
+def verify_rope(
+    subject: Subject, artifact: GgufArtifact, stream: TokenStream, progress: Progress
+) -> LinkResult:
     """Stored values against transformers', then the run against the run with RoPE imposed."""
     expected = subject.expected
-    findings, measures = _stored(subject)
-    rope = subject.artifact.rope
+    findings, measures = _stored(subject, artifact)
+    rope, notes = artifact.rope, tuple(_notes(artifact))
     if rope is None:
-        return _result(subject, findings, measures, ())
-    controls: tuple[Control, ...] = ()
+        return rope_result(expected, findings, measures, notes=notes)
+    control, unseen = None, None
     try:
-        identity = _Identity(subject, stream, progress)
+        identity = _Identity(artifact, expected.rope, stream, progress)
         difference, kl = identity.difference(None)
         measures["identity: largest logit difference"] = difference
         measures["identity: mean KL"] = kl
         if difference > identity.allowed:
             findings.append(_name_by_imposing(identity, rope, expected.rope, difference))
-        controls = (_control(identity, expected.rope, difference),)
+        control = _control(identity, expected.rope, difference)
+        unseen = None if control.seen else _unseen(control, expected.rope, identity.allowed)
     except SourceError as error:  # llama.cpp refuses the file or its tokens
         findings.append(error.message)
-    return _result(subject, findings, measures, controls)
+    return rope_result(expected, findings, measures, control, unseen, notes=notes)
 
 
-def verify_stored_rope(subject: Subject, reason: str) -> LinkResult:
+def verify_stored_rope(subject: Subject, artifact: GgufArtifact, reason: str) -> LinkResult:
     """Stored values alone, where llama.cpp cannot run the file for ``reason``."""
-    findings, measures = _stored(subject)
+    findings, measures = _stored(subject, artifact)
     if findings:
-        return _result(subject, findings, measures, ())
+        notes = tuple(_notes(artifact))
+        return rope_result(subject.expected, findings, measures, notes=notes)
     return LinkResult(LinkName.ROPE, Status.NOT_RUN, f"stored right; {reason}", measures)
 
 
-def _stored(subject: Subject) -> tuple[list[str], dict[str, float | int | str]]:
+def _stored(
+    subject: Subject, artifact: GgufArtifact
+) -> tuple[list[str], dict[str, float | int | str]]:
     """What is wrong with the stored values, and the values."""
-    artifact, expected = subject.artifact, subject.expected
-    rope = artifact.rope
+    expected, rope = subject.expected, artifact.rope
     if rope is None:
         return [artifact.rope_problem or "it has no RoPE"], {}
     reference, attention = reference_rope(subject.source, expected.rope)
@@ -84,43 +91,6 @@ def _stored(subject: Subject) -> tuple[list[str], dict[str, float | int | str]]:
         "frequencies off by (ulp)": _distance(reference, rope),
     }
     return findings, measures
-
-
-def _result(
-    subject: Subject,
-    findings: Sequence[str],
-    measures: dict[str, float | int | str],
-    controls: tuple[Control, ...],
-) -> LinkResult:
-    expected, artifact = subject.expected, subject.artifact
-    notes = tuple(_notes(artifact))
-    if findings:
-        status, summary = Status.FAILED, findings[0]
-    elif expected.claimed is not None:
-        status = Status.INCONCLUSIVE
-        summary = (
-            f"consistent with the factor {expected.claimed:g} it claims;"
-            f" give --scale {expected.claimed:g} to prove it"
-        )
-    elif not all(control.seen for control in controls):
-        status = Status.INCONCLUSIVE
-        summary = "a wrong factor gives the same logits: this model cannot tell"
-    else:
-        status = Status.PASSED
-        summary = (
-            f"factor {expected.rope.factor:g}, theta {expected.rope.theta:g}:"
-            " stored right, and applied bit for bit"
-        )
-    return LinkResult(
-        LinkName.ROPE,
-        status,
-        summary,
-        measures,
-        controls,
-        cause=findings[0] if findings else None,
-        findings=tuple(findings),
-        notes=notes,
-    )
 
 
 def _distance(reference: FloatArray, rope: EffectiveRope) -> int | str:
@@ -181,7 +151,7 @@ def _attention_findings(rope: EffectiveRope, attention: float) -> Iterator[str]:
 
 
 def _context_findings(
-    artifact: Artifact, rope: EffectiveRope, expected: RopeParameters
+    artifact: GgufArtifact, rope: EffectiveRope, expected: RopeParameters
 ) -> Iterator[str]:
     if rope.context != expected.context:
         yield f"{keys.CONTEXT_KEY} is {rope.context}, expected {expected.context} (L')"
@@ -195,17 +165,27 @@ def _context_findings(
         )
 
 
-def _notes(artifact: Artifact) -> Iterator[str]:
+def _notes(artifact: GgufArtifact) -> Iterator[str]:
     found = artifact.keys
     if keys.ORIGINAL_KEY not in found and not artifact.is_ours:
         yield f"{keys.ORIGINAL_KEY} is not stored: readers cannot tell L from the file"
     if keys.TYPE_KEY not in found:
         yield f"{keys.TYPE_KEY} is not stored: llama.cpp takes it as linear"
-    if keys.LEGACY_FACTOR_KEY in found:
+    if keys.LEGACY_FACTOR_KEY in found and keys.FACTOR_KEY in found:
+        yield (
+            f"{keys.LEGACY_FACTOR_KEY} {_shown(found[keys.LEGACY_FACTOR_KEY])} stands beside"
+            f" {keys.FACTOR_KEY} {_shown(found[keys.FACTOR_KEY])}: llama.cpp reads"
+            f" {keys.FACTOR_KEY} alone"
+        )
+    elif keys.LEGACY_FACTOR_KEY in found:
         yield f"the factor stands in the old {keys.LEGACY_FACTOR_KEY}"
     for key in sorted(found):
         if key.startswith("rope.") and key not in _KNOWN_KEYS:
             yield f"{key} is stored; llama.cpp's {artifact.architecture} does not read it"
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _name_by_imposing(
@@ -232,17 +212,35 @@ def _name_by_imposing(
 
 def _control(identity: _Identity, expected: RopeParameters, difference: float) -> Control:
     """A factor that is hardly another one: it has to be seen."""
-    factor = expected.factor * gates.IDENTITY_CONTROL_STRETCH
+    factor = _control_factor(expected)
     seen, _ = identity.difference(ImposedRope.of(dataclasses.replace(expected, factor=factor)))
     return Control(f"factor {factor:.8g} imposed", seen, difference, seen > identity.allowed)
+
+
+def _control_factor(expected: RopeParameters) -> float:
+    return expected.factor * gates.IDENTITY_CONTROL_STRETCH
+
+
+def _unseen(control: Control, expected: RopeParameters, allowed: float) -> str:
+    """Why the control says nothing: a wrong factor came out as a right one would."""
+    return (
+        f"imposing the wrong factor {_control_factor(expected):.8g} for {expected.factor:.8g} moved"
+        f" the logits by {control.value:.3g}, and up to {allowed:.3g} counts as equal: this model"
+        " cannot tell a wrong factor from the right one"
+    )
 
 
 class _Identity:
     """Logits with a RoPE imposed against logits with the expected RoPE imposed."""
 
-    def __init__(self, subject: Subject, stream: TokenStream, progress: Progress) -> None:
-        self._subject, self._progress = subject, progress
-        rope = subject.expected.rope
+    def __init__(
+        self,
+        artifact: GgufArtifact,
+        rope: RopeParameters,
+        stream: TokenStream,
+        progress: Progress,
+    ) -> None:
+        self._artifact, self._rope, self._progress = artifact, rope, progress
         count = min(gates.IDENTITY_TOKENS, rope.context)
         self._stream = stream.take(count)
         self._positions = sorted({0, rope.context - count})
@@ -257,7 +255,7 @@ class _Identity:
         """
         largest, kl = 0.0, []
         for found, right in zip(self._run(imposed), self._right, strict=True):
-            largest = max(largest, _largest(found, right))
+            largest = max(largest, largest_difference(found, right))
             kl.append(kl_divergence(found, right).mean())
         return largest, float(np.mean(kl))
 
@@ -266,7 +264,7 @@ class _Identity:
         self._loads += 1
         self._progress("running with RoPE imposed", self._loads, max(_LOADS, self._loads))
         count = len(self._stream.tokens)
-        with self._subject.load(imposed) as model:
+        with self._artifact.load_with(imposed) as model:
             for position in self._positions:
                 scored = max(0, count - gates.IDENTITY_SCORED_TOKENS)
                 window = Window("identity", self._stream, position, position + scored)
@@ -276,14 +274,8 @@ class _Identity:
 
     def _repeatability(self) -> float:
         """The difference allowed: none on the CPU, elsewhere what two equal runs differ by."""
-        options = self._subject.request.llamacpp
-        if options.device == "cpu" and not options.n_gpu_layers:
+        if not self._artifact.on_gpu:
             return 0.0
-        again = self._run(ImposedRope.of(self._subject.expected.rope))
+        again = self._run(ImposedRope.of(self._rope))
         pairs = zip(again, self._right, strict=True)
-        return gates.DEVICE_REPEAT_MARGIN * max(_largest(a, b) for a, b in pairs)
-
-
-def _largest(a: Logits, b: Logits) -> float:
-    difference = np.abs(a - b).max()
-    return float(difference) if np.isfinite(difference) else float("inf")
+        return gates.DEVICE_REPEAT_MARGIN * max(largest_difference(a, b) for a, b in pairs)

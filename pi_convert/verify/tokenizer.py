@@ -82,10 +82,7 @@ def compare_tokenizers(
         enough = tokens >= MINIMUM_TOKENS and unicode_tokens >= UNICODE_TOKENS
         if enough and case.group == "unicode":
             break
-        text = reference.prepare(case.text)
-        flags = {"add_special": case.add_special, "parse_special": case.parse_special}
-        expected = reference.encode(text, **flags)
-        found = artifact.encode(text, **flags)
+        text, expected, found = _both(case, artifact, reference)
         count[case.group] += 1
         tokens += len(expected)
         unicode_tokens += len(expected) if case.group == "unicode" else 0
@@ -101,6 +98,15 @@ def compare_tokenizers(
         mismatches=tuple(mismatches),
         notes=(*reference.notes, *notes),
     )
+
+
+def _both(
+    case: Case, artifact: Encoder, reference: ReferenceEncoder
+) -> tuple[str, list[int], list[int]]:
+    """The text as both are given it, the ids expected and the ids found."""
+    text = reference.prepare(case.text)
+    flags = {"add_special": case.add_special, "parse_special": case.parse_special}
+    return text, reference.encode(text, **flags), artifact.encode(text, **flags)
 
 
 def _mismatch(case: Case, text: str, expected: list[int], found: list[int]) -> Mismatch:

@@ -25,7 +25,7 @@ def verify_tokenizer(
     expected = subject.source.vocabulary
     progress("comparing token ids", 0, 1)
     try:
-        stored = vocabulary_from_gguf(subject.artifact.file.keys, subject.artifact.path.name)
+        stored = vocabulary_from_gguf(subject.artifact.record, subject.artifact.path.name)
         with LlamaCppTokenizer(subject.artifact.path) as artifact:
             comparison = compare_tokenizers(
                 artifact,
@@ -52,7 +52,7 @@ def _result(
     findings = [*_token_differences(stored, expected), *special]
     if comparison.failures:
         findings = [*splitting, *findings]  # they say why the ids differ
-        findings += [_sentence(mismatch) for mismatch in comparison.mismatches[:_SHOWN]]
+        findings += [mismatch_sentence(mismatch) for mismatch in comparison.mismatches[:_SHOWN]]
     else:
         notes += [f"{difference}; the ids are the same" for difference in splitting]
     if stored.chat_template is None and expected.chat_template is not None:
@@ -157,7 +157,8 @@ def _first_difference(a: tuple[object, ...], b: tuple[object, ...]) -> int | Non
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-def _sentence(mismatch: Mismatch) -> str:
+def mismatch_sentence(mismatch: Mismatch) -> str:
+    """A text whose ids differ, with both lists."""
     return (
         f"{mismatch.text} ({mismatch.group}) gives {list(mismatch.found)},"
         f" expected {list(mismatch.expected)}"

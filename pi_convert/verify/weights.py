@@ -18,9 +18,8 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from converters.architectures.hparams import read_gguf_hparams
 from converters.encodings import Encoding, decode_f32
-from converters.errors import SourceError, UnsupportedError
+from converters.errors import UnsupportedError
 from converters.progress import Progress
 from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.metadata import QUANTIZER_KEY
@@ -29,6 +28,7 @@ from pi_convert.runtimes.llamacpp import cores
 from pi_convert.verify import gates
 from pi_convert.verify.encode import encode
 from pi_convert.verify.mismatch import name_cause
+from pi_convert.verify.provenance import source_note
 from pi_convert.verify.request import Subject
 from pi_convert.verify.verdict import LinkName, LinkResult, Status
 
@@ -46,6 +46,7 @@ class Match(Enum):
     EXACT = "float, bit for bit"
     REQUANTIZED = "equal to quantizing the source again"
     OTHER_BUILD = "quantized by another build, as near the source as this one's"
+    UNTOLD = "of a type that cannot be made or read here"  # equal or not: nobody can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,46 +103,64 @@ class Build:
 
 def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
     """Compares sizes, the list of tensors, and every tensor's values."""
-    artifact = subject.artifact
-    findings = [
-        *_size_findings(subject),
-        *(f"{name} is missing{_tied(name)}" for name in artifact.missing),
-        *(f"{name} is not a tensor of the source{_untied(name)}" for name in artifact.unexpected),
-        *artifact.misshapen,
-    ]
     results = _compare_all(subject, progress)
+    findings = [*_list_findings(subject), *_value_findings(subject, results)]
+    others = sum(result.match is Match.OTHER_BUILD for result in results)
+    untold = [result for result in results if result.match is Match.UNTOLD]
+    status, summary = Status.PASSED, f"all {len(results)} tensors of the source, none over"
+    if findings:
+        status, summary = Status.FAILED, findings[0]
+    elif untold:
+        types = ", ".join(sorted({result.encoding.name for result in untold}))
+        status = Status.INCONCLUSIVE
+        summary = f"{len(untold)} tensors cannot be compared: {types} cannot be made or read here"
+    return LinkResult(
+        LinkName.WEIGHTS,
+        status,
+        summary,
+        _measures(results),
+        cause=findings[0] if findings else None,
+        findings=tuple(findings),
+        notes=tuple(_notes(subject, others, progress)),
+    )
+
+
+def _list_findings(subject: Subject) -> Iterator[str]:
+    """What is wrong with sizes and with the list of tensors."""
+    artifact = subject.artifact
+    yield from artifact.size_findings(subject.source.hparams)
+    for name in artifact.missing:
+        yield f"{name} is missing{_tied(name)}"
+    for name in artifact.unexpected:
+        yield f"{name} is not a tensor of the source{_untied(name)}"
+    yield from artifact.misshapen
+
+
+def _value_findings(subject: Subject, results: Sequence[TensorResult]) -> Iterator[str]:
+    """The causes of the first tensors that differ."""
+    tensors = subject.artifact.tensors
     wrong = [result for result in results if result.match is None]
     # Matrices first: their cause is told with more certainty than a norm's.
-    wrong.sort(key=lambda result: len(artifact.tensors[result.name].shape) == 1)
+    wrong.sort(key=lambda result: len(tensors[result.name].shape) == 1)
     for result in wrong[:_SHOWN]:
-        findings.append(_cause(subject, result))
+        yield _cause(subject, result)
     if len(wrong) > _SHOWN:
-        findings.append(f"and {len(wrong) - _SHOWN} more tensors differ")
+        yield f"and {len(wrong) - _SHOWN} more tensors differ"
+
+
+def _measures(results: Sequence[TensorResult]) -> dict[str, float | int | str]:
     measures: dict[str, float | int | str] = {"tensors": len(results)}
     for match in Match:
         if count := sum(result.match is match for result in results):
             measures[match.value] = count
     others = [result for result in results if result.match is Match.OTHER_BUILD]
-    if others:
-        distances = [result.distance for result in others if result.distance]
+    if distances := [result.distance for result in others if result.distance]:
         measures["largest error over this build's"] = max(d.error_ratio for d in distances)
         measures["largest of one row"] = max(d.row_error_ratio for d in distances)
         measures["largest share of differing blocks"] = max(d.differing_blocks for d in distances)
-    if wrong:
-        measures["tensors that differ"] = len(wrong)
-    notes = _notes(subject, len(others))
-    if findings:
-        return LinkResult(
-            LinkName.WEIGHTS,
-            Status.FAILED,
-            findings[0],
-            measures,
-            cause=findings[0],
-            findings=tuple(findings),
-            notes=notes,
-        )
-    summary = f"all {len(results)} tensors of the source, none over"
-    return LinkResult(LinkName.WEIGHTS, Status.PASSED, summary, measures, notes=notes)
+    if wrong := sum(result.match is None for result in results):
+        measures["tensors that differ"] = wrong
+    return measures
 
 
 def _cause(subject: Subject, result: TensorResult) -> str:
@@ -153,7 +172,7 @@ def _cause(subject: Subject, result: TensorResult) -> str:
 
 
 def _build(subject: Subject) -> Build:
-    keys = subject.artifact.file.keys
+    keys = subject.artifact.record
     if not subject.artifact.is_quantized:
         return Build(same=True)
     return Build(
@@ -162,12 +181,13 @@ def _build(subject: Subject) -> Build:
     )
 
 
-def _notes(subject: Subject, others: int) -> tuple[str, ...]:
-    if not others:
-        return ()
-    recorded = QUANTIZER_KEY in subject.artifact.file.keys
-    reason = "records another build's" if recorded else "does not record its"
-    return (f"{others} tensors judged by their error: the file {reason} quantizer",)
+def _notes(subject: Subject, others: int, progress: Progress) -> Iterator[str]:
+    if others:
+        recorded = QUANTIZER_KEY in subject.artifact.record
+        reason = "records another build's" if recorded else "does not record its"
+        yield f"{others} tensors judged by their error: the file {reason} quantizer"
+    if (note := source_note(subject, progress)) is not None:
+        yield note
 
 
 def _tied(gguf_name: str) -> str:
@@ -178,26 +198,6 @@ def _tied(gguf_name: str) -> str:
 def _untied(gguf_name: str) -> str:
     head = gguf_name == "output.weight"
     return ", whose head is its token embedding" if head else ""
-
-
-def _size_findings(subject: Subject) -> Iterator[str]:
-    artifact, expected = subject.artifact, subject.source.hparams
-    try:
-        found = read_gguf_hparams(
-            artifact.keys,
-            vocab_size=expected.vocab_size,
-            tied_embeddings=expected.tied_embeddings,
-            where=artifact.path.name,
-        )
-    except SourceError as error:
-        yield error.message
-        return
-    for field in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"):
-        have, want = getattr(found, field), getattr(expected, field)
-        if have != want:
-            yield f"{field} is {have}, the source's is {want}"
-    if np.float32(found.norm_eps) != np.float32(expected.norm_eps):
-        yield f"norm_eps is {found.norm_eps:g}, the source's is {expected.norm_eps:g}"
 
 
 def _compare_all(subject: Subject, progress: Progress) -> list[TensorResult]:
@@ -233,8 +233,8 @@ def compare_tensor(found: Tensor, source: Tensor, build: Build) -> TensorResult:
         return wrong
     try:
         distance = _distance(found, source, rows)
-    except UnsupportedError:  # no way to make or to read this type here
-        return wrong
+    except UnsupportedError:  # such as one that takes an importance matrix
+        return dataclasses.replace(wrong, match=Match.UNTOLD)
     problem = distance.problem(found.encoding, uses_matrix=build.uses_matrix)
     match_other = Match.OTHER_BUILD if problem is None else None
     return dataclasses.replace(wrong, match=match_other, distance=distance)

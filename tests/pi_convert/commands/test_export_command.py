@@ -9,8 +9,10 @@ from pathlib import Path
 
 import gguf
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pi_convert import cli
+from pi_convert.report.rope import factor_text
 from pi_convert.report.runlines import run_lines
 from tests.broken.cases import CASES, Case
 from tests.tiny import ODD, WIDE, tiny_hparams, write_tiny
@@ -23,7 +25,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(
     (tmp_path / "in").mkdir()
     reference = case.build(tmp_path / "in")
     code = cli.run(["export", reference, "--to", "gguf", "--to", "safetensors", "--scale", "8",
-                    "--out", str(tmp_path / "out")])  # fmt: skip
+                    "--out", str(tmp_path / "out" / "deep")])  # fmt: skip
     printed = capfd.readouterr()
     assert code == 1
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
@@ -31,7 +33,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(
     for text in case.says:
         assert text in errors[0]
     assert "Traceback" not in printed.err
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -97,6 +99,72 @@ def test_an_existing_output_needs_force(
     assert export(model, tmp_path, "--force") == 0
 
 
+def test_a_dry_run_says_what_exists_and_what_would_stop_it(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, tmp_path / "out", "--to", "safetensors", "--quantize", "f16"]
+
+    def dry(*more: str) -> str:
+        assert export(*words, "--dry-run", *more) == 0
+        return capfd.readouterr().out
+
+    names = (tmp_path / "out" / "Tiny-Model-PI8-F16.gguf", tmp_path / "out" / "Tiny-Model-PI8")
+    text = dry()
+    assert all(f"would write  {name}" in text for name in names)
+    assert not any(word in text for word in ("exists", "--force", "would stop"))
+    assert json.loads(dry("--json"))["obstacles"] == []
+    assert export(*words) == 0
+    capfd.readouterr()
+    text = dry()
+    assert all(f"would stop   {name} exists. Give --force to replace it." in text for name in names)
+    assert json.loads(dry("--json"))["obstacles"] == [f"{name} exists" for name in names]
+    text = dry("--force")
+    assert text.count("in place of the one that exists") == 2
+    assert "would stop" not in text
+    (names[1] / "notes.txt").write_text("mine")
+    assert "notes.txt" in dry("--force")
+
+
+def test_room_is_asked_for_once_for_all_targets(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--to", "safetensors", "--quantize", "f16"]
+    assert export(model, tmp_path / "measured", *words) == 0
+    (gguf_file,) = (tmp_path / "measured").glob("*.gguf")
+    tensors = (model / "model.safetensors").stat().st_size
+    free = gguf_file.stat().st_size + tensors // 2  # enough for either, not for both
+    assert free > tensors
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    out = tmp_path / "a" / "b"
+    assert export(model, out, *words) == 1
+    assert f"{out}: " in (error := capfd.readouterr().err)
+    assert "MiB free" in error
+    assert not (tmp_path / "a").exists()
+    assert export(model, out, "--quantize", "f16") == 0  # negative control: one of them fits
+
+
+def test_a_factor_that_is_no_whole_number_is_never_shown_as_one(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for scale in ("1.0000001", "1.00000000001", "7.9999999", "2.2"):
+        words = ["export", str(model), "--to", "gguf", "--dry-run", "--out", str(tmp_path)]
+        assert cli.run([*words, "--scale", scale]) == 0
+        assert f"linear, factor {scale}, theta 10000," in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (8.0, "8"), (2.2, "2.2"), (500000.0, "500000"), (1000001.0, "1000001"),
+        (8.8 * 1.5, "13.2"), (1.0000000000000002, "1.0000000000000002"),
+        (3 * (1 + 2**-23), "3.00000035762787"),
+    ],
+)  # fmt: skip
+def test_numbers_are_as_people_write_them(value: float, text: str) -> None:
+    assert factor_text(value) == text
+
+
 def test_a_model_left_out_is_the_checkpoint_here(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,14 +184,12 @@ def test_a_model_left_out_elsewhere_is_the_default_model(
 
 
 def test_a_type_that_needs_an_importance_matrix_is_refused_before_any_work(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wide = write_tiny(tmp_path / "wide", shape=WIDE)
     assert export(wide, tmp_path / "out", "--quantize", "iq2_xxs") == 1
     assert "importance matrix" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert export(model, tmp_path / "out", "--quantize", "q9_z") == 1
-    assert "q9_z" in capfd.readouterr().err
 
 
 def test_exporting_an_export_composes(model: Path, tmp_path: Path) -> None:
@@ -136,6 +202,35 @@ def test_exporting_an_export_composes(model: Path, tmp_path: Path) -> None:
     assert fields["llama.rope.scaling.factor"].contents() == 16.0
     assert fields["llama.rope.scaling.original_context_length"].contents() == 128
     assert fields["llama.context_length"].contents() == 2048
+
+
+def test_factors_compose_to_the_decimal_a_person_would_write(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--to", "safetensors", "--out", str(tmp_path)]
+    assert cli.run(["export", str(model), *words, "--scale", "8.8"]) == 0
+    capfd.readouterr()
+    first = tmp_path / "Tiny-Model-PI8.8"
+    assert cli.run(["export", str(first), *words, "--scale", "1.5"]) == 0
+    assert "linear, factor 13.2, theta 10000" in capfd.readouterr().out
+    config = json.loads((tmp_path / "Tiny-Model-PI13.2" / "config.json").read_text())
+    assert config["rope_scaling"]["factor"] == 13.2
+
+
+def test_weights_that_are_not_finite_leave_none_of_the_folders(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    for target in ("gguf", "safetensors"):
+        out = tmp_path / "a" / "b" / "c"
+        words = ["--to", target, "--scale", "8", "--out", str(out)]
+        assert cli.run(["export", str(model), *words]) == 1
+        error = capfd.readouterr().err
+        assert "model.norm.weight" in error
+        assert "partial" not in error
+        assert not (tmp_path / "a").exists()
 
 
 def test_no_local_path_is_written(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,245 @@
+"""ONNX Runtime on a decoder with past keys and values, one sequence at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.errors import EnvironmentNotReadyError, SourceError, UnsupportedError
+from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
+from pi_convert.runtimes.llamacpp import cores
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS_ONLY = 3  # ORT_LOGGING_LEVEL_ERROR
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+_GPU_WHEELS = ("linux", "win32")
+RUNTIME_PACKAGE = "onnxruntime-gpu" if sys.platform in _GPU_WHEELS else "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The cos and sin tables of a file and their initializers, (positions, rotary_dim / 2)."""
+
+    cos_name: str
+    sin_name: str
+    cos: npt.NDArray[np.floating]
+    sin: npt.NDArray[np.floating]
+
+    @property
+    def rows(self) -> int:
+        """Positions."""
+        return int(self.cos.shape[0])
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels that are rotated."""
+        return 2 * int(self.cos.shape[1])
+
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by: the attention factor."""
+        return float(self.cos[0].mean(dtype=np.float64))
+
+    def shifted(self, position: int) -> Tables:
+        """Row 0 is ``position``'s; rows before it come last."""
+        cos, sin = np.roll(self.cos, -position, axis=0), np.roll(self.sin, -position, axis=0)
+        return Tables(self.cos_name, self.sin_name, cos, sin)
+
+    def as_mapping(self) -> dict[str, npt.NDArray[np.floating]]:
+        """Initializer name to values."""
+        return {self.cos_name: self.cos, self.sin_name: self.sin}
+
+
+@dataclass(frozen=True, slots=True)
+class OrtOptions:
+    """How ONNX Runtime runs a file. ``threads`` None: every core."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
+
+
+class OrtModel(Closing):
+    """An ONNX file loaded by ONNX Runtime; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: OrtOptions,
+        tables: Tables | None,
+        imposed: Tables | None = None,
+    ) -> None:
+        """``tables`` are the file's own, ``imposed`` others in their place.
+
+        Raises ``SourceError`` where ONNX Runtime refuses the file, and
+        ``EnvironmentNotReadyError`` where it is missing or cannot use the device.
+        """
+        self._path, self._options = path, options
+        self._tables = tables if imposed is None else imposed
+        self._sessions = {0: _Loaded.of(path, options, imposed)}
+        self._outputs = self._sessions[0].session.get_outputs()
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits a position."""
+        return int(self._outputs[0].shape[-1])
+
+    def open_session(self, context_tokens: int) -> OrtSession:
+        """An empty sequence; the cache grows as it is fed, whatever ``context_tokens``.
+
+        Raises ``UnsupportedError`` for a file that gives the last token's logits alone.
+        """
+        if self._outputs[0].shape[1] == 1:
+            raise UnsupportedError(
+                "the file gives logits of the last token alone",
+                hint="Verify one written without --last-logits; its weights are the same.",
+            )
+        return OrtSession(self.loaded_at, self._options)
+
+    def loaded_at(self, position: int) -> _Loaded:
+        """The model with the tables turned so that row 0 is ``position``'s.
+
+        A graph takes its positions from the mask, so an empty sequence starts at 0: a window far
+        out is run with the tables' far rows in front.
+        """
+        if position not in self._sessions:
+            if self._tables is None:
+                raise SourceError(f"{self._path}: without tables no window can start at {position}")
+            shifted = self._tables.shifted(position)
+            self._sessions[position] = _Loaded.of(self._path, self._options, shifted)
+        return self._sessions[position]
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._sessions = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """ONNX Runtime's session, and what replaces initializers: it keeps no reference to that."""
+
+    session: Any
+    replaced: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, path: Path, options: OrtOptions, tables: Tables | None) -> _Loaded:
+        runtime = import_runtime()
+        settings = runtime.SessionOptions()
+        settings.log_severity_level = _ERRORS_ONLY
+        settings.intra_op_num_threads = options.threads or cores()
+        replaced = []
+        for name, table in tables.as_mapping().items() if tables else ():
+            value = runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(table))
+            settings.add_initializer(name, value)
+            replaced.append(value)
+        provider = _PROVIDERS[options.device]
+        try:
+            session = runtime.InferenceSession(os.fspath(path), settings, providers=[provider])
+        except Exception as error:  # its exceptions share no base class but Exception
+            raise SourceError(
+                f"{path}: ONNX Runtime cannot load it: {_first_line(error)}",
+                hint="`pi-convert check` tells what is wrong with the file.",
+            ) from error
+        if session.get_providers()[0] != provider:
+            raise EnvironmentNotReadyError(
+                f"ONNX Runtime does not run on {options.device}: it fell back to"
+                f" {session.get_providers()[0]}",
+                hint="`pi-convert doctor` tells what is missing.",
+            )
+        return cls(session, tuple(replaced))
+
+    def empty_caches(self, device: str) -> dict[str, Any]:
+        """Past keys and values of no tokens, by input."""
+        runtime, caches = import_runtime(), {}
+        for cache in self.session.get_inputs():
+            if cache.name.startswith("past_"):
+                empty = np.zeros((1, cache.shape[1], 0, cache.shape[3]), _FLOATS[cache.type])
+                caches[cache.name] = runtime.OrtValue.ortvalue_from_numpy(empty, device, 0)
+        return caches
+
+
+class OrtSession(Closing):
+    """One sequence."""
+
+    def __init__(self, load: Callable[[int], _Loaded], options: OrtOptions) -> None:
+        self._load = load
+        self._device = options.device
+        self._first: int | None = None  # position
+        self._fed = 0
+        self._past: dict[str, Any] = {}
+
+    def feed(self, tokens: Tokens, *, position: int, logits: bool) -> Logits | None:
+        """Evaluates ``tokens``; see ``Session.feed``.
+
+        Raises ``SourceError`` where ONNX Runtime refuses them.
+        """
+        if self._first is None:
+            self._first = position
+            self._past = self._load(position).empty_caches(self._device)
+        if position != self._first + self._fed or not 0 < len(tokens) <= CHUNK_TOKENS:
+            raise ValueError(f"{len(tokens)} tokens at {position}, {self._fed} were fed")
+        session = self._load(self._first).session
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", tokens.astype(np.int64)[None])
+        total = self._fed + len(tokens)
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        for name, value in self._past.items():
+            binding.bind_ortvalue_input(name, value)
+        outputs = [output.name for output in session.get_outputs()]
+        binding.bind_output(outputs[0], "cpu")
+        for name in outputs[1:]:
+            binding.bind_output(name, self._device, 0)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # see ``OrtModel``
+            raise SourceError(
+                f"ONNX Runtime cannot evaluate {len(tokens)} tokens: {_first_line(error)}"
+            ) from error
+        found, *present = binding.get_outputs()
+        self._past = dict(zip(self._past, present, strict=True))
+        self._fed = total
+        return np.asarray(found.numpy()[0], np.float32) if logits else None
+
+    def close(self) -> None:
+        """Frees the cache."""
+        self._past = {}
+
+
+def import_runtime() -> Any:
+    """The onnxruntime package, or ``EnvironmentNotReadyError``."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise EnvironmentNotReadyError(
+            "onnxruntime is not installed", hint="pip install 'pi-convert[onnx]'"
+        ) from None
+    return onnxruntime
+
+
+def require_onnx() -> None:
+    """Raises ``EnvironmentNotReadyError`` unless what the ONNX target needs is installed."""
+    missing = [n for n in ("onnx", "onnx_ir", "onnxruntime") if not importlib.util.find_spec(n)]
+    if missing:
+        raise EnvironmentNotReadyError(
+            f"--to onnx needs {', '.join(missing)}", hint="pip install 'pi-convert[onnx]'"
+        )
+
+
+def require_provider(options: OrtOptions) -> None:
+    """Raises ``EnvironmentNotReadyError`` where this build has no provider for the device."""
+    if _PROVIDERS[options.device] not in import_runtime().get_available_providers():
+        raise EnvironmentNotReadyError(
+            f"this build of ONNX Runtime has no provider for {options.device}",
+            hint="Install onnxruntime-gpu for CUDA.",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
