@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from converters.ggml import Ggml
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, write_gguf
-from converters.targets.gguf.ggml import Ggml
 
 
 def main(model: str, *types: str) -> None:

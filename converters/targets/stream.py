@@ -21,8 +21,8 @@ import numpy as np
 from converters.content_hash import content_hash
 from converters.encodings import BF16, F16, F32, Encoding, decode_f32
 from converters.errors import TensorError
+from converters.ggml import Floats, Ggml, Raw
 from converters.progress import Progress, silent
-from converters.targets.gguf.ggml import Floats, Ggml, Raw
 from converters.tensor import Tensor
 
 # 2 MiB as float32: a chunk, its source and its results stay in a core's cache.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
-from converters.targets.gguf.ggml import Ggml, load_ggml
+from converters.ggml import Ggml, load_ggml
 from pi_convert.defaults import default_model_path
 
 T = TypeVar("T")

@@ -21,11 +21,11 @@ from converters.architectures.hparams import write_config_hparams
 from converters.checkpoint import Checkpoint
 from converters.encodings import Encoding, decode_f32
 from converters.errors import ConvertError, EnvironmentNotReadyError, UnsupportedError
+from converters.ggml import load_ggml
 from converters.progress import Progress, silent
 from converters.rope import RopeParameters
 from converters.rope.config import write_config
 from converters.rope.parameters import FloatArray, ulp_distance
-from converters.targets.gguf.ggml import load_ggml
 from converters.tensor import Tensor
 from pi_convert.runtimes.base import Closing, Logits, Tokens
 from pi_convert.runtimes.rounding import rounded_activations

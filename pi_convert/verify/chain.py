@@ -7,9 +7,9 @@ import platform
 import time
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
+from converters.ggml import load_ggml
 from converters.progress import Progress, silent
 from converters.rope import RopeParameters
-from converters.targets.gguf.ggml import load_ggml
 from pi_convert.evaluate.windows import TokenStream, encode_documents
 from pi_convert.runtimes.llamacpp import require_device
 from pi_convert.runtimes.ort import require_provider

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.encodings import F32, Encoding
-from converters.targets.gguf.ggml import load_ggml
+from converters.ggml import load_ggml
 
 
 def encode(values: npt.NDArray[np.float32], encoding: Encoding) -> npt.NDArray[np.uint8]:

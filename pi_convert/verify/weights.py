@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from converters.encodings import Encoding, decode_f32
 from converters.errors import UnsupportedError
+from converters.ggml import load_ggml
 from converters.progress import Progress
-from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.metadata import QUANTIZER_KEY
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores

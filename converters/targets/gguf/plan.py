@@ -15,8 +15,8 @@ from converters.containers.gguf import read_gguf_file
 from converters.containers.gguf_header import Layout, encode_key, lay_out
 from converters.encodings import F32, Encoding
 from converters.errors import TokenizerError, UnsupportedError
+from converters.ggml import load_ggml
 from converters.rope.gguf import DIVISORS_TENSOR
-from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.metadata import (
     FILE_TYPE_KEY,
     KEY_TYPES,

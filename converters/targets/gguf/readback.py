@@ -22,9 +22,9 @@ from converters.checkpoint import Checkpoint
 from converters.containers.gguf import DTYPES, GgufTensor, ValueType
 from converters.encodings import F32
 from converters.errors import OutputError
+from converters.ggml.library import load_libraries
 from converters.rope.gguf import DIVISORS_TENSOR, effective_rope
 from converters.rope.parameters import FloatArray, ulp_distance
-from converters.targets.gguf.library import load_libraries
 
 # float32 division and multiplication round once each.
 MAX_ULP = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from converters.encodings import Encoding
-from converters.targets.gguf.ggml import Raw
+from converters.ggml import Raw
 from converters.targets.gguf.plan import OutputTensor
 from converters.targets.stream import Chunk, StreamedTensor, write_all
 from converters.tensor import Tensor

@@ -19,7 +19,7 @@ from pathlib import Path
 from converters.containers.gguf_header import encode_key, lay_out
 from converters.encodings import ENCODINGS, F32, Encoding
 from converters.errors import EnvironmentNotReadyError, UnsupportedError
-from converters.targets.gguf.library import LogCallback, load_libraries
+from converters.ggml.library import LogCallback, load_libraries
 
 # llama.h enum llama_ftype, by the names that llama-quantize takes.
 FILE_TYPES: Mapping[str, int] = {

@@ -14,8 +14,8 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.containers.gguf_header import Layout
 from converters.files import atomic_files, refuse_existing, require_free_space, sha256_file
+from converters.ggml import load_ggml
 from converters.progress import Progress, silent
-from converters.targets.gguf.ggml import load_ggml
 from converters.targets.gguf.plan import GgufPlan
 from converters.targets.gguf.readback import check_file
 from converters.targets.gguf.sink import GgufSink, streamed

@@ -6,7 +6,7 @@ import numpy as np
 
 from converters.checkpoint import Checkpoint
 from converters.encodings import F32, Encoding
-from converters.targets.gguf.ggml import Raw
+from converters.ggml import Raw
 from converters.targets.onnx.plan import COS, SIN, OnnxPlan
 from converters.targets.onnx.tables import table_chunks
 from converters.targets.onnx.weights import split_parts

@@ -12,8 +12,8 @@ from typing import TypedDict, Unpack
 from converters.checkpoint import Checkpoint
 from converters.errors import OutputError
 from converters.files import atomic_folder, require_free_space, sha256_file
+from converters.ggml import load_ggml
 from converters.progress import Progress, silent
-from converters.targets.gguf.ggml import load_ggml
 from converters.targets.onnx.clients import GRAPHS, client_files
 from converters.targets.onnx.graph import build_graph
 from converters.targets.onnx.metadata import record

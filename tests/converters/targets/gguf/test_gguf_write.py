@@ -24,10 +24,10 @@ from converters.checkpoint import Checkpoint
 from converters.content_hash import content_hash, tensor_hash
 from converters.errors import OutputError, SourceError, TensorError
 from converters.files import sha256_file
+from converters.ggml import load_ggml
 from converters.sources import open_checkpoint
 from converters.targets import stream
 from converters.targets.gguf import metadata, plan_gguf, readback, write_gguf
-from converters.targets.gguf.ggml import load_ggml
 from converters.tensor import Tensor
 from tests.tiny import ODD, ODD4, Shape, write_tiny
 

@@ -14,11 +14,11 @@ import pytest
 
 from converters.encodings import ENCODINGS
 from converters.errors import EnvironmentNotReadyError, UnsupportedError
+from converters.ggml import Ggml, library, load_ggml
+from converters.ggml import quantize as ggml_module
 from converters.sources import open_checkpoint
-from converters.targets.gguf import ggml as ggml_module
-from converters.targets.gguf import library, plan_gguf
+from converters.targets.gguf import plan_gguf
 from converters.targets.gguf import types as types_module
-from converters.targets.gguf.ggml import Ggml, load_ggml
 from converters.targets.gguf.types import FILE_TYPES
 from tests.tiny import ODD, write_tiny
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from converters.encodings import ENCODINGS, F32, Encoding
 from converters.errors import EnvironmentNotReadyError, UnsupportedError
-from converters.targets.gguf.library import INSTALL_HINT, Libraries, TypeTraits, load_libraries
+from converters.ggml.library import INSTALL_HINT, Libraries, TypeTraits, load_libraries
 
 Raw = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
