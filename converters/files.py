@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from converters.errors import ConvertError, OutputError
 _log = logging.getLogger(__name__)
 _SUFFIX = ".pi-convert-partial"
 _HASH_CHUNK_BYTES = 8 << 20
+_HASHED_AT_ONCE = 4  # files
 
 
 def sha256_file(path: Path) -> str:
@@ -31,6 +33,29 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sync_and_hash(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file in hex, taken while the disk is busy with it."""
+    if not paths:
+        return []
+    with ThreadPoolExecutor(2 * min(len(paths), _HASHED_AT_ONCE)) as pool:
+        synced = [pool.submit(_sync, path) for path in paths]
+        hashes = [pool.submit(sha256_file, path) for path in paths]
+        for future in synced:
+            future.result()
+        return [future.result() for future in hashes]
+
+
+@contextlib.contextmanager
+def sized_file(path: Path, size_bytes: int) -> Iterator[int]:
+    """A descriptor to write to of a file of ``size_bytes``, all of it a hole where it is new."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def require_free_space(folder: Path, size_bytes: int) -> None:
@@ -55,6 +80,14 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} exists", hint="Give --force to replace it.")
 
 
+def require_replaceable(output: Output, *, force: bool) -> None:
+    """Raises ``OutputError`` where ``output`` exists without ``force``, or as another kind."""
+    refuse_existing(output.path, force=force)
+    if output.path.exists() and output.path.is_dir() is not output.is_folder:
+        kind = "file" if output.is_folder else "folder"
+        raise OutputError(f"{output.path} is a {kind}", hint="Give another --out.")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
     """An empty temporary sibling to write to; on success it is fsynced and becomes ``path``.
@@ -70,30 +103,27 @@ def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_files(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
     """As ``atomic_file`` for several: either all of them get their names or none does."""
-    for path in paths:
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder", hint="Give another --out.")
-    with _replacing([_Output(path, is_folder=False) for path in paths], force=force) as partials:
+    with atomic_outputs([Output(path) for path in paths], force=force) as partials:
         yield partials
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """As ``atomic_file`` for a folder. A folder that is replaced is removed after the swap."""
-    refuse_existing(path, force=force)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file", hint="Give another --out.")
-    with _replacing([_Output(path, is_folder=True)], force=force) as (partial,):
+    with atomic_outputs([Output(path, is_folder=True)], force=force) as (partial,):
         yield partial
 
 
 @dataclass(frozen=True, slots=True)
-class _Output:
+class Output:
+    """A file or folder to write. A run writes into ``partial``, which becomes ``path``."""
+
     path: Path
-    is_folder: bool
+    is_folder: bool = False
 
     @property
     def partial(self) -> Path:
+        """The temporary sibling."""
         return self.path.with_name(f".{self.path.name}{_SUFFIX}")
 
     @property
@@ -103,9 +133,10 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _replacing(outputs: Sequence[_Output], *, force: bool) -> Iterator[list[Path]]:
+def atomic_outputs(outputs: Sequence[Output], *, force: bool) -> Iterator[list[Path]]:
+    """As ``atomic_files`` and ``atomic_folder`` for any number of both: all of them or none."""
     for output in outputs:
-        refuse_existing(output.path, force=force)
+        require_replaceable(output, force=force)
     with contextlib.ExitStack() as stack:
         for output in outputs:
             stack.enter_context(_claimed(output))
@@ -127,7 +158,7 @@ def _replacing(outputs: Sequence[_Output], *, force: bool) -> Iterator[list[Path
 
 
 @contextlib.contextmanager
-def _claimed(output: _Output) -> Iterator[None]:
+def _claimed(output: Output) -> Iterator[None]:
     """The partial, empty and locked; removed at the end unless it has become the output."""
     with _folders_above(output):
         try:
@@ -145,7 +176,7 @@ def _claimed(output: _Output) -> Iterator[None]:
             _release(output, descriptor)
 
 
-def _release(output: _Output, descriptor: int) -> None:
+def _release(output: Output, descriptor: int) -> None:
     try:
         if _is_at(descriptor, output.partial):
             _remove(output.partial)
@@ -156,7 +187,7 @@ def _release(output: _Output, descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def _folders_above(output: _Output) -> Iterator[None]:
+def _folders_above(output: Output) -> Iterator[None]:
     """The folders that ``output`` stands in; on any error those made here are removed again."""
     parent = output.path.parent
     made: list[Path] = []
@@ -191,7 +222,7 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
                 raise
 
 
-def _open_locked(output: _Output) -> int:
+def _open_locked(output: Output) -> int:
     while True:
         if output.is_folder:
             output.partial.mkdir(exist_ok=True)
@@ -220,7 +251,7 @@ def _lock(descriptor: int, path: Path) -> None:
         _log.warning("%s: no lock (%s); let no second run write it", path, error.strerror)
 
 
-def _recover(output: _Output) -> None:
+def _recover(output: Output) -> None:
     """Clears up after a run that was killed amid its renames."""
     if not os.path.lexists(output.replaced):
         return
@@ -235,7 +266,7 @@ def _recover(output: _Output) -> None:
     _remove(output.replaced)
 
 
-def _commit(outputs: Sequence[_Output]) -> None:
+def _commit(outputs: Sequence[Output]) -> None:
     """Gives all outputs their names; on any error, Ctrl-C included, all old ones stay."""
     replacing = {output for output in outputs if os.path.lexists(output.path)}
     try:
@@ -255,7 +286,7 @@ def _commit(outputs: Sequence[_Output]) -> None:
         raise
 
 
-def _set_aside(output: _Output) -> None:
+def _set_aside(output: Output) -> None:
     if not output.is_folder:
         # A second name, so that there is no moment without a file at the path.
         with contextlib.suppress(OSError):  # a file system without hard links
@@ -264,7 +295,7 @@ def _set_aside(output: _Output) -> None:
     output.path.rename(output.replaced)
 
 
-def _rolled_back(output: _Output, *, had_old: bool) -> bool:
+def _rolled_back(output: Output, *, had_old: bool) -> bool:
     """Puts the old one back, told by what is where: Ctrl-C may have come between any two steps."""
     set_aside = os.path.lexists(output.replaced)
     try:
@@ -278,7 +309,7 @@ def _rolled_back(output: _Output, *, had_old: bool) -> bool:
     return True
 
 
-def _settle(outputs: Sequence[_Output]) -> None:
+def _settle(outputs: Sequence[Output]) -> None:
     """Makes the new names durable, then drops the old files."""
     try:
         try:
@@ -330,7 +361,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _place_of(error: OSError, outputs: Sequence[_Output]) -> Path | None:
+def _place_of(error: OSError, outputs: Sequence[Output]) -> Path | None:
     """The output that an error is about; None for one of a source, a pipe or a library.
 
     Errors of writing to a descriptor name no file; the sources name theirs, or raise
@@ -349,19 +380,19 @@ def _place_of(error: OSError, outputs: Sequence[_Output]) -> Path | None:
     return None
 
 
-def _name_outputs(error: ConvertError, outputs: Sequence[_Output]) -> None:
+def _name_outputs(error: ConvertError, outputs: Sequence[Output]) -> None:
     """Puts an output's name where what was raised names its partial, which is gone by then."""
     for output in outputs:
         error.message, error.hint = _named(error.message, output), _named(error.hint, output)
     error.args = (error.message,)
 
 
-def _named(text: str, output: _Output) -> str:
+def _named(text: str, output: Output) -> str:
     return text.replace(output.partial.name, output.path.name)
 
 
 def _explain(error: OSError, path: Path) -> OutputError:
-    output = _Output(path, is_folder=False)
+    output = Output(path, is_folder=False)
     named = _named(str(error.filename or path), output)
     about = "" if named == str(path) else f" ({named})"
     return OutputError(

@@ -7,11 +7,12 @@ decoded, to float32 unless a type is asked for.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from converters.architectures.hparams import write_config_hparams
 from converters.checkpoint import Checkpoint, ModelCard
@@ -19,18 +20,19 @@ from converters.containers.safetensors import DTYPE_OF_ENCODING, read_safetensor
 from converters.containers.strict_json import parse_json_object, read_json_object
 from converters.encodings import ENCODINGS, F32, Encoding
 from converters.errors import OutputError
-from converters.files import atomic_folder, require_free_space
-from converters.progress import Progress, silent
+from converters.files import Output, sized_file, sync_and_hash
 from converters.rope import RopeParameters
 from converters.rope.config import RopeContext, read_config, write_config
-from converters.targets.weights import (
+from converters.targets.shards import (
     MAX_SHARD_BYTES,
     Shard,
+    ShardSink,
     StoredTensor,
     plan_shards,
     shard_index,
-    write_shard,
 )
+from converters.targets.stream import StreamedTensor
+from converters.targets.writing import RunSettings, write_targets
 from converters.tokenizers import Vocabulary, build_tokenizer_files
 
 DTYPES = ("f32", "f16", "bf16")
@@ -75,60 +77,94 @@ def _belongs_to_checkpoint(path: Path) -> bool:
     return path.is_file() and (named or path.suffix in suffixes)
 
 
+@dataclass(frozen=True, slots=True)
+class FolderTarget:
+    """``checkpoint`` in the folder ``out``.
+
+    ``dtype`` is f32, f16 or bf16; None copies float tensors byte for byte. Before the folder gets
+    its name its RoPE and its list of tensors are read back.
+    """
+
+    checkpoint: Checkpoint
+    out: Path
+    dtype: str | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The folder."""
+        return [Output(self.out, is_folder=True)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(item.size_bytes for item in self._stored())
+
+    def require_writable(self) -> None:
+        """Raises ``OutputError`` for an unknown ``dtype``.
+
+        And where replacing the folder would lose more than an export.
+        """
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OutputError(f"dtype {self.dtype!r}", hint=f"Expected one of {', '.join(DTYPES)}.")
+        require_replaceable(self.out, self.checkpoint)
+
+    @contextmanager
+    def open(self, partials: Sequence[Path]) -> Iterator[_FolderWriting]:
+        """The shards as holes of their final size, their headers written."""
+        (folder,) = partials
+        shards = plan_shards(self._stored(), max_bytes=self.max_shard_bytes)
+        with ExitStack() as stack:
+            sinks = []
+            for shard in shards:
+                file = sized_file(folder / shard.name, shard.size_bytes)
+                sinks.append(ShardSink(stack.enter_context(file), shard))
+            tensors = [StreamedTensor(tensor) for tensor in self.checkpoint.tensors.values()]
+            yield _FolderWriting(self, folder, shards, sinks, tensors)
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """What every tensor is put into; None: what it has in the source."""
+        return ENCODINGS[self.dtype] if self.dtype else None
+
+    def _stored(self) -> list[StoredTensor]:
+        return [
+            StoredTensor(tensor, _encoding(tensor.encoding, self.encoding, self.checkpoint))
+            for tensor in self.checkpoint.tensors.values()
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderWriting:
+    target: FolderTarget
+    folder: Path
+    shards: tuple[Shard, ...]
+    sinks: Sequence[ShardSink]
+    tensors: Sequence[StreamedTensor]
+
+    def finish(self, source_hash: str) -> FolderArtifact:
+        target = self.target
+        small = _small_files(target.checkpoint, target.encoding, self.shards)
+        for name, data in small.items():
+            (self.folder / name).write_bytes(data)
+        _read_back(self.folder, target.checkpoint, self.shards)
+        files = sorted(self.folder.iterdir())
+        hashes = dict(zip((f.name for f in files), sync_and_hash(files), strict=True))
+        return FolderArtifact(target.out, hashes, sum(file.stat().st_size for file in files))
+
+
 def write_folder(
     checkpoint: Checkpoint,
     out: Path,
-    *,
     dtype: str | None = None,
-    force: bool = False,
-    progress: Progress = silent,
+    *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    **settings: Unpack[RunSettings],
 ) -> FolderArtifact:
-    """Writes ``checkpoint`` to the folder ``out``, whole or not at all.
-
-    ``dtype`` is f32, f16 or bf16; None copies float tensors byte for byte. Raises ``TensorError``
-    for values that are not finite or that ``dtype`` cannot hold, ``OutputError`` where the folder
-    cannot be written, exists without ``force``, or reads back as another RoPE.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise OutputError(f"dtype {dtype!r}", hint=f"Expected one of {', '.join(DTYPES)}.")
-    require_replaceable(out, checkpoint)
-    chosen = ENCODINGS[dtype] if dtype else None
-    stored = _stored(checkpoint, chosen)
-    shards = plan_shards(stored, max_bytes=max_shard_bytes)
-    small = _small_files(checkpoint, chosen, shards)
-    total = sum(item.size_bytes for item in stored)
-    hashes: dict[str, str] = {}
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("write", done, total)
-
-    with atomic_folder(out, force=force) as partial:
-        require_free_space(out, total)
-        for shard in shards:
-            hashes[shard.name] = write_shard(shard, partial, advance)
-        for name, data in small.items():
-            (partial / name).write_bytes(data)
-            hashes[name] = hashlib.sha256(data).hexdigest()
-        _read_back(partial, checkpoint, shards)
-        size_bytes = sum(file.stat().st_size for file in partial.iterdir())
-    return FolderArtifact(out, dict(sorted(hashes.items())), size_bytes)
-
-
-def folder_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    """How many bytes of tensors ``write_folder`` would write."""
-    stored = _stored(checkpoint, ENCODINGS[dtype] if dtype else None)
-    return sum(item.size_bytes for item in stored)
-
-
-def _stored(checkpoint: Checkpoint, chosen: Encoding | None) -> list[StoredTensor]:
-    return [
-        StoredTensor(tensor, _encoding(tensor.encoding, chosen, checkpoint))
-        for tensor in checkpoint.tensors.values()
-    ]
+    """Writes ``checkpoint`` to the folder ``out``; see ``FolderTarget`` and ``write_targets``."""
+    target = FolderTarget(checkpoint, out, dtype, max_shard_bytes)
+    (artifact,) = write_targets([target], **settings)
+    return artifact
 
 
 def folder_config(checkpoint: Checkpoint, encoding: Encoding | None = None) -> dict[str, object]:

@@ -137,8 +137,11 @@ class Stream:
         raw = source.read_rows(chunk.start, chunk.stop)
         self._hashes[source.name].update(chunk, raw, self._cancelled)
         if not self._is_finite(raw, source.encoding):
+            bad = (
+                n for n in range(len(raw)) if not self._is_finite(raw[n : n + 1], source.encoding)
+            )
             raise TensorError(
-                f"{source.name} holds values that are not finite (NaN or infinity)",
+                f"{source.name} holds NaN or Inf in row {chunk.start + next(bad)}",
                 hint="The weights are damaged; fetch or train them again.",
             )
         made = {source.encoding: raw}
@@ -160,9 +163,10 @@ class Stream:
             made[F32] = _decode(self._ggml, made[source.encoding], source.encoding).view(np.uint8)
         raw = self._ggml.quantize(wanted, made[F32].view(np.float32))
         if not self._is_finite(raw, wanted):
+            largest = float(np.abs(made[F32].view(np.float32)).max())
             raise TensorError(
-                f"{source.name}: a value does not fit into {wanted.name}",
-                hint="It is too large; bf16 and f32 hold the largest.",
+                f"{source.name} holds {largest:g}, which {wanted.name} cannot hold",
+                hint="bf16 and f32 hold the largest values.",
             )
         return raw
 

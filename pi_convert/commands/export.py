@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pi_convert.commands.exporting import ExportOptions, run_export
+from pi_convert.commands._exporting import ExportOptions, run_export
 from pi_convert.commands.options import (
     PATH,
     force_option,
@@ -126,8 +126,6 @@ def _check_usage(options: ExportOptions) -> None:
     _check_types(options.quantize)
     if options.allow_requantize and not options.quantize:
         raise click.UsageError("--allow-requantize goes with --quantize TYPE.")
-    if options.threads and not {"gguf", "onnx"} & set(options.targets):
-        raise click.UsageError("--threads is for gguf and onnx; a safetensors folder is copied.")
     for_onnx = {
         "--precision": options.precisions,
         "--for": options.device,

@@ -11,11 +11,12 @@ from converters.targets.gguf.plan import (
     plan_gguf,
     quantization_types,
 )
-from converters.targets.gguf.write import GgufArtifact, write_gguf
+from converters.targets.gguf.write import GgufArtifact, GgufTarget, write_gguf
 
 __all__ = [
     "GgufArtifact",
     "GgufPlan",
+    "GgufTarget",
     "QuantizationOption",
     "plan_gguf",
     "quantization_types",

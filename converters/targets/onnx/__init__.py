@@ -9,7 +9,7 @@
 from converters.targets.onnx.options import GraphOptions
 from converters.targets.onnx.plan import PRECISIONS, OnnxPlan, plan_onnx
 from converters.targets.onnx.preflight import Device, preflight
-from converters.targets.onnx.write import OnnxArtifact, require_replaceable, write_onnx
+from converters.targets.onnx.write import OnnxArtifact, OnnxTarget, write_onnx
 
 __all__ = [
     "PRECISIONS",
@@ -17,8 +17,8 @@ __all__ = [
     "GraphOptions",
     "OnnxArtifact",
     "OnnxPlan",
+    "OnnxTarget",
     "plan_onnx",
     "preflight",
-    "require_replaceable",
     "write_onnx",
 ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from converters.checkpoint import Checkpoint
 from converters.errors import OutputError
-from converters.files import atomic_folder, require_free_space, sha256_file
+from converters.files import Output, sized_file, sync_and_hash
 from converters.ggml import load_ggml
-from converters.progress import Progress, silent
 from converters.targets.onnx.clients import GRAPHS, client_files
 from converters.targets.onnx.graph import build_graph
 from converters.targets.onnx.metadata import record
@@ -22,7 +20,8 @@ from converters.targets.onnx.plan import OnnxPlan
 from converters.targets.onnx.preflight import require_writable
 from converters.targets.onnx.readback import check_graph
 from converters.targets.onnx.sink import OnnxSink
-from converters.targets.stream import Stream, StreamedTensor, default_threads
+from converters.targets.stream import StreamedTensor
+from converters.targets.writing import RunSettings, write_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,83 +52,92 @@ def require_replaceable(out: Path) -> None:
         )
 
 
-class WriteSettings(TypedDict, total=False):
-    """How a folder is written; what is left out has the default."""
+@dataclass(frozen=True, slots=True)
+class OnnxTarget:
+    """The files of ``plans`` in the folder ``out``.
 
-    options: GraphOptions | None  # None: its defaults
-    threads: int | None  # None: every core
-    force: bool  # False
-    progress: Progress  # silent
+    The bytes depend on the source, the options and the build of ggml alone.
+    """
+
+    checkpoint: Checkpoint
+    plans: Sequence[OnnxPlan]
+    out: Path
+    options: GraphOptions = field(default_factory=GraphOptions)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The folder."""
+        return [Output(self.out, is_folder=True)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all data files."""
+        return sum(plan.data_bytes for plan in self.plans)
+
+    def require_writable(self) -> None:
+        """Raises ``UnsupportedError`` for options or tables that no runtime takes.
+
+        ``OutputError`` where replacing the folder would lose more than an export.
+        """
+        for plan in self.plans:
+            require_writable(plan, self.options)
+        require_replaceable(self.out)
+
+    @contextmanager
+    def open(self, partials: Sequence[Path]) -> Iterator[_OnnxWriting]:
+        """The data files, their tables written."""
+        (folder,) = partials
+        graphs = folder / GRAPHS
+        graphs.mkdir()
+        with ExitStack() as stack:
+            sinks = []
+            for plan in self.plans:
+                data = graphs / plan.precision.data_name
+                descriptor = stack.enter_context(sized_file(data, plan.data_bytes))
+                sinks.append(OnnxSink(descriptor, plan))
+                sinks[-1].write_tables(self.checkpoint)
+            tensors = [StreamedTensor(tensor) for tensor in self.checkpoint.tensors.values()]
+            yield _OnnxWriting(self, folder, sinks, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnnxWriting:
+    target: OnnxTarget
+    folder: Path
+    sinks: Sequence[OnnxSink]
+    tensors: Sequence[StreamedTensor]
+
+    def finish(self, source_hash: str) -> OnnxArtifact:
+        target = self.target
+        for plan in target.plans:
+            self._write_graph(plan, source_hash)
+        for name, content in client_files(target.checkpoint, target.plans).items():
+            (self.folder / name).write_bytes(content)
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [str(path.relative_to(self.folder)) for path in files]
+        hashes = dict(zip(names, sync_and_hash(files), strict=True))
+        size_bytes = sum(path.stat().st_size for path in files)
+        return OnnxArtifact(target.out, hashes, size_bytes, tuple(target.plans))
+
+    def _write_graph(self, plan: OnnxPlan, source_hash: str) -> None:
+        import onnx_ir as ir
+
+        checkpoint = self.target.checkpoint
+        properties = record(checkpoint, plan, source_hash, load_ggml().fingerprint())
+        model = build_graph(checkpoint, plan, self.target.options, properties)
+        path = self.folder / GRAPHS / plan.precision.file_name
+        ir.save(model, path)
+        check_graph(path, checkpoint, plan)
 
 
 def write_onnx(
     checkpoint: Checkpoint,
     plans: Sequence[OnnxPlan],
     out: Path,
-    **settings: Unpack[WriteSettings],
+    options: GraphOptions | None = None,
+    **settings: Unpack[RunSettings],
 ) -> OnnxArtifact:
-    """Writes the files of ``plans`` into the folder ``out``; each source tensor is read once.
-
-    The bytes depend on the source, the options and the build of ggml alone. Raises ``OutputError``
-    where the folder cannot be written, exists without ``force`` or reads back wrong,
-    ``UnsupportedError`` for options or tables that no runtime takes, and ``TensorError`` for
-    weights that are not finite or that a precision cannot hold.
-    """
-    options = settings.get("options") or GraphOptions()
-    for plan in plans:
-        require_writable(plan, options)
-    require_replaceable(out)
-    with atomic_folder(out, force=settings.get("force", False)) as partial:
-        require_free_space(partial, sum(plan.data_bytes for plan in plans))
-        graphs = partial / GRAPHS
-        graphs.mkdir()
-        source_hash = _write_data(checkpoint, plans, graphs, settings)
-        for plan in plans:
-            _write_graph(checkpoint, plan, options, graphs, source_hash)
-        for name, content in client_files(checkpoint, plans).items():
-            (partial / name).write_bytes(content)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        hashes = {str(path.relative_to(partial)): sha256_file(path) for path in files}
-        size_bytes = sum(path.stat().st_size for path in files)
-    return OnnxArtifact(out, hashes, size_bytes, tuple(plans))
-
-
-def _write_data(
-    checkpoint: Checkpoint,
-    plans: Sequence[OnnxPlan],
-    folder: Path,
-    settings: WriteSettings,
-) -> str:
-    with contextlib.ExitStack() as stack:
-        sinks = []
-        for plan in plans:
-            path = folder / plan.precision.data_name
-            sinks.append(OnnxSink(stack.enter_context(_descriptor(path, plan.data_bytes)), plan))
-        for sink in sinks:
-            sink.write_tables(checkpoint)
-        tensors = [StreamedTensor(tensor) for tensor in checkpoint.tensors.values()]
-        progress = settings.get("progress", silent)
-        stream = Stream(tensors, sinks, load_ggml(), progress=progress)
-        return stream.run(settings.get("threads") or default_threads())
-
-
-def _write_graph(
-    checkpoint: Checkpoint, plan: OnnxPlan, options: GraphOptions, folder: Path, source_hash: str
-) -> None:
-    import onnx_ir as ir
-
-    properties = record(checkpoint, plan, source_hash, load_ggml().fingerprint())
-    model = build_graph(checkpoint, plan, options, properties)
-    path = folder / plan.precision.file_name
-    ir.save(model, path)
-    check_graph(path, checkpoint, plan)
-
-
-@contextlib.contextmanager
-def _descriptor(path: Path, size_bytes: int) -> Iterator[int]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    """Writes the files of ``plans`` into the folder ``out``; see ``write_targets``."""
+    target = OnnxTarget(checkpoint, plans, out, options or GraphOptions())
+    (artifact,) = write_targets([target], **settings)
+    return artifact

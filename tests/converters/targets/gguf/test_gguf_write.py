@@ -162,7 +162,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_left(
     DAMAGE[damage](weights["model.layers.1.self_attn.k_proj.weight"])
     save_file(weights, folder / "model.safetensors")
     checkpoint = open_checkpoint(str(folder))
-    with pytest.raises(TensorError, match=r"layers\.1\.self_attn\.k_proj\.weight .*not finite"):
+    with pytest.raises(TensorError, match=r"1\.self_attn\.k_proj\.weight holds NaN or Inf in row"):
         export(checkpoint, tmp_path / "out", "q4_0", kind)
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_a_value_too_large_for_f16_is_an_error(tmp_path: Path) -> None:
     weights["model.layers.0.mlp.up_proj.weight"][2, 2] = 70000.0
     save_file(weights, folder / "model.safetensors")
     checkpoint = open_checkpoint(str(folder))
-    with pytest.raises(TensorError, match=r"up_proj\.weight: a value does not fit into f16"):
+    with pytest.raises(TensorError, match=r"up_proj\.weight holds 70000, which f16 cannot hold"):
         export(checkpoint, tmp_path / "out", "f16")
     export(checkpoint, tmp_path / "out", "bf16")
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.errors import ConvertError
     from converters.progress import Progress
     from converters.targets.gguf import GgufPlan
-    from converters.targets.onnx import OnnxArtifact, OnnxPlan
+    from converters.targets.onnx import GraphOptions, OnnxPlan
+    from converters.targets.writing import Target
     from pi_convert.report.export import ExportReport
     from pi_convert.verify.verdict import Preset, Verdict
 
@@ -54,7 +55,8 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
         out=options.out,
         folder=_folder(options, checkpoint),
     )
-    obstacles = _obstacles(report, options)
+    targets = _targets(report, options)
+    obstacles = _obstacles(targets, options)
     if not options.as_json:
         emit(header_text(report))
     if options.dry_run:
@@ -66,9 +68,8 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
         return 0
     for obstacle in obstacles:
         raise obstacle
-    _require_space(report, options)
     with progress() as tell:
-        report = _write(report, options, tell)
+        report = _write(report, targets, options, tell)
     return _finish(replace(report, seconds=time.monotonic() - started), options)
 
 
@@ -95,80 +96,72 @@ def _folder(options: ExportOptions, checkpoint: Checkpoint) -> Path | None:
     return options.out / checkpoint.artifact_name if "safetensors" in options.targets else None
 
 
-def _obstacles(report: ExportReport, options: ExportOptions) -> tuple[ConvertError, ...]:
+def _targets(report: ExportReport, options: ExportOptions) -> dict[str, Target[Any]]:
+    """The targets to write, by the field of the report that holds what is made of them."""
+    targets: dict[str, Target[Any]] = {}
+    if report.plans:
+        from converters.targets.gguf import GgufTarget
+
+        targets["ggufs"] = GgufTarget(report.checkpoint, report.plans, options.out)
+    if report.onnx_plans:
+        from converters.targets.onnx import OnnxTarget
+
+        targets["onnx"] = OnnxTarget(
+            report.checkpoint, report.onnx_plans, report.onnx_folder, _graph_options(options)
+        )
+    if report.folder is not None:
+        from converters.targets.huggingface import FolderTarget
+
+        targets["folders"] = FolderTarget(report.checkpoint, report.folder, options.dtype)
+    return targets
+
+
+def _graph_options(options: ExportOptions) -> GraphOptions:
+    from converters.targets.onnx import GraphOptions
+
+    level = GraphOptions().accuracy_level
+    return GraphOptions(
+        accuracy_level=level if options.accuracy_level is None else options.accuracy_level,
+        last_logits=options.last_logits,
+        portable=options.portable,
+    )
+
+
+def _obstacles(
+    targets: Mapping[str, Target[Any]], options: ExportOptions
+) -> tuple[ConvertError, ...]:
     """Why outputs cannot be written; asked before the first is, so that none is left alone."""
     from converters.errors import ConvertError
-    from converters.files import refuse_existing
-    from converters.targets.huggingface import require_replaceable
+    from converters.targets.writing import require_target
 
-    paths = [options.out / plan.file_name for plan in report.plans]
-    checks = [partial(refuse_existing, path, force=options.force) for path in paths]
-    if report.folder is not None:
-        checks.append(partial(refuse_existing, report.folder, force=options.force))
-        checks.append(partial(require_replaceable, report.folder, report.checkpoint))
-    if report.onnx_plans:
-        from converters.targets.onnx import require_replaceable as require_onnx_folder
-
-        checks.append(partial(refuse_existing, report.onnx_folder, force=options.force))
-        checks.append(partial(require_onnx_folder, report.onnx_folder))
     found = []
-    for check in checks:
+    for target in targets.values():
         try:
-            check()
+            require_target(target, force=options.force)
         except ConvertError as error:
             found.append(error)
     return tuple(found)
 
 
-def _require_space(report: ExportReport, options: ExportOptions) -> None:
-    """Asks for all targets at once: they are all written to ``--out``."""
-    from converters.files import require_free_space
-    from converters.targets.huggingface import folder_bytes
+def _write(
+    report: ExportReport,
+    targets: Mapping[str, Target[Any]],
+    options: ExportOptions,
+    tell: Progress,
+) -> ExportReport:
+    """All targets in one reading of the source: all of them, or none."""
+    from converters.targets.writing import write_targets
 
-    needed = sum(plan.size_bytes for plan in report.plans)
-    if report.folder is not None:
-        needed += folder_bytes(report.checkpoint, options.dtype)
-    needed += sum(plan.data_bytes for plan in report.onnx_plans)
-    require_free_space(options.out, needed)
-
-
-def _write(report: ExportReport, options: ExportOptions, tell: Progress) -> ExportReport:
-    from converters.targets.gguf import write_gguf
-    from converters.targets.huggingface import write_folder
-
-    if report.plans:
-        ggufs = write_gguf(
-            report.checkpoint, report.plans, options.out,
-            threads=options.threads, force=options.force, progress=tell,
-        )  # fmt: skip
-        report = replace(report, ggufs=ggufs)
-    if report.onnx_plans:
-        report = replace(report, onnx=(_write_onnx(report, options, tell),))
-    if report.folder is not None:
-        folder = write_folder(
-            report.checkpoint,
-            report.folder,
-            dtype=options.dtype,
-            force=options.force,
-            progress=tell,
-        )
-        report = replace(report, folders=(folder,))
-    return report
-
-
-def _write_onnx(report: ExportReport, options: ExportOptions, tell: Progress) -> OnnxArtifact:
-    from converters.targets.onnx import GraphOptions, write_onnx
-
-    level = GraphOptions().accuracy_level
-    graph = GraphOptions(
-        accuracy_level=level if options.accuracy_level is None else options.accuracy_level,
-        last_logits=options.last_logits,
-        portable=options.portable,
+    written = write_targets(
+        list(targets.values()), threads=options.threads, force=options.force, progress=tell
     )
-    return write_onnx(
-        report.checkpoint, report.onnx_plans, report.onnx_folder,
-        options=graph, threads=options.threads, force=options.force, progress=tell,
-    )  # fmt: skip
+    made = dict(zip(targets, written, strict=True))
+    return replace(
+        report,
+        ggufs=made.get("ggufs", ()),
+        onnx=(made["onnx"],) if "onnx" in made else (),
+        folders=(made["folders"],) if "folders" in made else (),
+    )
 
 
 def _finish(report: ExportReport, options: ExportOptions) -> int:
