@@ -28,8 +28,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: install
 	mkdir -p $(DEMO)
-	$(BIN)/pi-convert export --to gguf --scale $(SCALE) --out $(DEMO) --force
+	$(BIN)/pi-convert export --to gguf --to onnx --precision int4 --scale $(SCALE) --out $(DEMO) --force
 	$(BIN)/pi-convert verify $(DEMO)/SmolLM2-135M-Instruct-PI$(SCALE)-Q4_1.gguf --scale $(SCALE)
+	$(BIN)/pi-convert verify $(DEMO)/SmolLM2-135M-Instruct-PI$(SCALE)-ONNX --scale $(SCALE)
 
 test: install-dev
 	$(BIN)/ruff check
