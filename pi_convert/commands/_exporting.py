@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.errors import ConvertError
+    from converters.ggml import Choice
     from converters.progress import Progress
     from converters.targets.gguf import GgufPlan
     from converters.targets.onnx import GraphOptions, OnnxPlan
@@ -37,6 +38,7 @@ class ExportOptions:
     dry_run: bool
     force: bool
     allow_requantize: bool
+    quantizer: Choice | None
     as_json: bool
 
 
@@ -153,7 +155,11 @@ def _write(
     from converters.targets.writing import write_targets
 
     written = write_targets(
-        list(targets.values()), threads=options.threads, force=options.force, progress=tell
+        list(targets.values()),
+        threads=options.threads,
+        force=options.force,
+        progress=tell,
+        quantizer=options.quantizer,
     )
     made = dict(zip(targets, written, strict=True))
     return replace(

@@ -41,6 +41,12 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     help="GGUF type such as q4_k_m or f16 (see `pi-convert quants`); may be repeated."
     " Default: q4_k_m; a quantized source keeps its tensors as they are.",
 )
+@click.option(
+    "--quantizer",
+    type=click.Choice(("auto", "native", "ggml")),
+    help="Who makes K-quants: pi-convert's own kernels, ggml, or (auto, the default) the kernels"
+    " where they make the same bytes. Also PI_CONVERT_QUANTIZER.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Let --quantize change a quantized source.")
 @click.option(
     "--dtype",
