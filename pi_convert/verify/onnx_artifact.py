@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from converters.architectures import HParams
 from converters.checkpoint import Checkpoint
-from converters.containers.onnx import OnnxFile, OnnxTensor, read_onnx_file
+from converters.containers.onnx import OnnxFile, OnnxNode, OnnxTensor, read_onnx_file
 from converters.encodings import ENCODINGS, F16, F32, Encoding
 from converters.errors import SourceError
 from converters.rope import RopeParameters
@@ -31,6 +31,9 @@ _FLOATS: Mapping[str, Encoding] = {"float32": F32, "float16": F16}
 _BLOCK = 32
 # operator -> which inputs are the cos and the sin table
 _ROTATING = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
+_NORMS = {
+    "RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
+}  # fmt: skip
 _STANDARD_ROTARY = (1, 2)  # ai.onnx's RotaryEmbedding of opset 23
 _PARTS = ("_codes", "_scales", "_offsets")
 _QUANTIZED = {("u1", 4, False): "q4_0", ("u1", 4, True): "q4_1", ("u1", 8, False): "q8_0"}
@@ -80,13 +83,15 @@ class OnnxArtifact(Artifact):
         return None
 
     def size_findings(self, expected: HParams) -> Iterator[str]:
-        """Where the attention's head counts are not the source's."""
-        wanted = {"num_heads": expected.heads, "kv_num_heads": expected.kv_heads}
-        for node in self.file.nodes_of("GroupQueryAttention"):
-            for key, value in wanted.items():
-                if node.attributes.get(key) != value:
-                    yield f"{node.name}: {key} is {node.attributes.get(key)}, expected {value}"
-                    return
+        """Where attributes of attention and of norms are not the source's; the first of each."""
+        found: dict[tuple[str, str], str] = {}
+        for node in self.file.nodes:
+            for key, value in expected_attributes(node, expected).items():
+                stored = node.attributes.get(key, _DEFAULTS.get(key))
+                if not _equal(stored, value):
+                    text = f"{node.name}: {key} is {_number(stored)}, expected {_number(value)}"
+                    found.setdefault((node.operator, key), text)
+        yield from found.values()
 
     def environment(self) -> dict[str, str]:
         """ONNX Runtime's settings."""
@@ -94,6 +99,51 @@ class OnnxArtifact(Artifact):
             "ONNX Runtime device": self.options.device,
             "threads": str(self.options.threads or cores()),
         }
+
+
+# What an attribute means where it is left out: the operators' own defaults.
+_DEFAULTS: Mapping[str, float] = {
+    "epsilon": 1e-5,
+    "scale": 0.0,
+    "softcap": 0.0,
+    "local_window_size": -1,
+    "rotary_interleaved": 0,
+    "interleaved": 0,
+    "is_causal": 0,
+}
+
+
+def expected_attributes(node: OnnxNode, sizes: HParams) -> dict[str, float]:
+    """What a node that attends, rotates or normalises has to say for a model of ``sizes``."""
+    scale = sizes.head_dim**-0.5
+    match node.operator:
+        case "GroupQueryAttention":
+            heads = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
+            plain = {"softcap": 0.0, "local_window_size": -1, "rotary_interleaved": 0}
+            return {**heads, **plain, **_scale(node, scale)}
+        case "Attention":
+            heads = {"q_num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
+            return {**heads, "softcap": 0.0, **_scale(node, scale)}
+        case "RotaryEmbedding":
+            return {"interleaved": 0}
+        case operator if operator in _NORMS:
+            return {"epsilon": sizes.norm_eps}
+    return {}
+
+
+def _scale(node: OnnxNode, expected: float) -> dict[str, float]:
+    """Left out or 0, the runtime takes 1 / sqrt(head_dim) itself."""
+    return {"scale": expected} if node.attributes.get("scale") else {}
+
+
+def _equal(stored: object, value: float) -> bool:
+    if not isinstance(stored, int | float):
+        return False
+    return bool(np.float32(stored) == np.float32(value))
+
+
+def _number(value: object) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> OnnxArtifact:
