@@ -225,7 +225,7 @@ def import_runtime() -> Any:
 
 def require_onnx() -> None:
     """Raises ``EnvironmentNotReadyError`` unless what the ONNX target needs is installed."""
-    missing = [n for n in ("onnx", "onnx_ir", "onnxruntime") if not importlib.util.find_spec(n)]
+    missing = [name for name in ("onnx", "onnx_ir") if not importlib.util.find_spec(name)]
     if missing:
         raise EnvironmentNotReadyError(
             f"--to onnx needs {', '.join(missing)}", hint="pip install 'pi-convert[onnx]'"

@@ -123,8 +123,9 @@ class _OnnxWriting:
         import onnx_ir as ir
 
         checkpoint = self.target.checkpoint
-        properties = record(checkpoint, plan, source_hash, load_ggml().fingerprint())
-        model = build_graph(checkpoint, plan, self.target.options, properties)
+        options, quantizer = self.target.options, load_ggml().fingerprint()
+        properties = record(checkpoint, plan, options, source_hash=source_hash, quantizer=quantizer)
+        model = build_graph(checkpoint, plan, options, properties)
         path = self.folder / GRAPHS / plan.precision.file_name
         ir.save(model, path)
         check_graph(path, checkpoint, plan)

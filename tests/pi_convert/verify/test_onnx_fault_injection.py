@@ -64,7 +64,9 @@ def reject(fault: OnnxFault, precision: str, factory: pytest.TempPathFactory) ->
 
 @pytest.mark.usefixtures("few_tokens")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16", "int4"]
+)
 def test_a_fault_is_rejected_and_its_cause_named(
     fault: OnnxFault, precision: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
