@@ -17,17 +17,14 @@ from converters.errors import SourceError
 from converters.rope import RopeParameters
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores
-from pi_convert.runtimes.ort import RUNTIME_PACKAGE, OrtModel, OrtOptions, Tables
+from pi_convert.runtimes.onnx_tables import Tables, right_tables, stored_tables
+from pi_convert.runtimes.ort import RUNTIME_PACKAGE, OrtModel, OrtOptions
 from pi_convert.verify.artifact import Artifact
-from pi_convert.verify.onnx_tables import right_tables
-from pi_convert.verify.onnx_weights import FLOATS, is_second_copy, parts_of, stored_weight
+from pi_convert.verify.onnx_weights import is_second_copy, parts_of, stored_weight
 
-# operator -> which inputs are the cos and the sin table
-_ROTATING = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
 _NORMS = {
     "RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
 }  # fmt: skip
-_STANDARD_ROTARY = (1, 2)  # ai.onnx's RotaryEmbedding of opset 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +137,7 @@ def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> O
     file = read_onnx_file(path)
     tables, problem = None, None
     try:
-        tables = _tables(file)
+        tables = stored_tables(file)
     except SourceError as error:
         problem = error.message
     tensors: dict[str, Tensor] = {}
@@ -186,36 +183,6 @@ def _architecture(file: OnnxFile, source: Checkpoint) -> str:
     """The recorded one; a file without a record is held against the source's tensors alone."""
     recorded = file.properties.get("pi_convert.architecture")
     return source.architecture.gguf_name if recorded is None else recorded
-
-
-def _tables(file: OnnxFile) -> Tables:
-    pairs = set()
-    for node in file.nodes_of(*_ROTATING):
-        places = _ROTATING[node.operator]
-        if node.operator == "RotaryEmbedding" and len(node.inputs) > _STANDARD_ROTARY[1]:
-            # com.microsoft's takes position_ids second, ai.onnx's last.
-            second = node.inputs[_STANDARD_ROTARY[0]]
-            places = _STANDARD_ROTARY if second in file.tensors else places
-        pair = tuple(node.inputs[i] if i < len(node.inputs) else "" for i in places)
-        if all(pair):
-            pairs.add(pair)
-    if len(pairs) != 1:
-        found = "no cos and sin tables" if not pairs else f"{len(pairs)} pairs of tables"
-        raise SourceError(f"{file.path.name}: {found}, expected one for all layers")
-    ((cos, sin),) = pairs
-    for name in (cos, sin):
-        tensor = file.tensors.get(name)
-        if tensor is None:
-            raise SourceError(f"{file.path.name}: the table {name} is computed, not stored")
-        if tensor.dtype.name not in FLOATS or len(tensor.shape) != 2 or tensor.shape[0] < 2:
-            raise SourceError(
-                f"{file.path.name}: {name} is {tensor.dtype.name} {list(tensor.shape)}, expected"
-                " float32 or float16 (positions, rotary_dim / 2)"
-            )
-    cos_table, sin_table = file.tensors[cos].read(), file.tensors[sin].read()
-    if cos_table.shape != sin_table.shape or cos_table.dtype != sin_table.dtype:
-        raise SourceError(f"{file.path.name}: {cos} and {sin} are not of one shape and type")
-    return Tables(cos, sin, cos_table, sin_table)
 
 
 def _unexpected(file: OnnxFile, used: set[str], tables: Tables | None) -> Iterator[str]:

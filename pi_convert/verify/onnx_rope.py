@@ -13,16 +13,16 @@ from converters.rope.parameters import FloatArray, RopeParameters, uniform_ratio
 from pi_convert.evaluate.statistics import kl_divergence
 from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
 from pi_convert.runtimes.base import Logits
-from pi_convert.runtimes.ort import Tables
-from pi_convert.runtimes.pytorch import build_rotary, reference_rope
-from pi_convert.verify import gates
-from pi_convert.verify.onnx_artifact import OnnxArtifact, own_files, stored_rope
-from pi_convert.verify.onnx_tables import (
+from pi_convert.runtimes.onnx_tables import (
+    Tables,
     nearest_ulp,
     recovered_frequencies,
     right_tables,
     tolerance,
 )
+from pi_convert.runtimes.pytorch import build_rotary, reference_rope
+from pi_convert.verify import gates
+from pi_convert.verify.onnx_artifact import OnnxArtifact, own_files, stored_rope
 from pi_convert.verify.request import Subject
 from pi_convert.verify.rope_result import largest_difference, rope_result
 from pi_convert.verify.verdict import Control, LinkName, LinkResult, Status
