@@ -28,7 +28,7 @@ COMMANDS = {
     "export": "Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.",
     "verify": "Prove that an artifact is its source with the expected RoPE.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
-    "check": "Audit a GGUF file's metadata, of any architecture.",
+    "check": "Audit a GGUF file of any architecture, or an ONNX file or folder of any tool.",
     "fix": "Repair a GGUF file's RoPE metadata; tensor bytes stay untouched.",
     "quants": "List every quantization type with its size for a model.",
     "doctor": "Show versions, libraries and devices, and what is missing.",

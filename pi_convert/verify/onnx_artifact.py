@@ -196,9 +196,3 @@ def _unexpected(file: OnnxFile, used: set[str], tables: Tables | None) -> Iterat
             continue
         if not is_second_copy(name, file.tensors):
             yield name
-
-
-def own_files(path: Path) -> Path:
-    """The folder of config.json and the tokenizer: the graph's own, or the one above ``onnx/``."""
-    folder = path.parent
-    return folder.parent if folder.name == "onnx" else folder

@@ -17,6 +17,7 @@ ARCHITECTURE = "architecture"
 ROPE = "rope"
 SOURCE_NAME, SOURCE_HASH = "source.name", "source.sha256"
 PRECISION, VERSION = "precision", "version"
+DATA_HASH = "data.sha256"  # of the file of weights: a graph finds its own by it
 GRAPH, WEIGHTS = "graph", "weights"
 
 
@@ -26,6 +27,7 @@ def record(
     options: GraphOptions,
     *,
     source_hash: str,
+    data_hash: str,
     quantizer: str,
 ) -> dict[str, str]:
     """Key to value, as GGUF's keys of the same names; no local path."""
@@ -44,6 +46,7 @@ def record(
         ROPE: json.dumps(scaling),
         SOURCE_NAME: checkpoint.origin.label,
         SOURCE_HASH: source_hash,
+        DATA_HASH: data_hash,
         "quantizer": quantizer,
         VERSION: version("pi-convert"),
     }
