@@ -51,7 +51,10 @@ check: install-dev
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not client"
 
 bench: install-dev
+	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/export_gguf.py
+	$(BIN)/python benchmarks/export_onnx.py
+	$(BIN)/python benchmarks/run_onnx.py
 
 clean:
 	rm -f converters/ggml/*.so
