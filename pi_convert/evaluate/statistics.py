@@ -37,8 +37,10 @@ def negative_log_likelihood(logits: Logits, following: npt.NDArray[np.int32]) ->
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
         ids = following[rows]
-        log_p = _log_softmax(logits[rows])
-        out[rows] = np.where(ids >= 0, -log_p[np.arange(len(ids)), np.maximum(ids, 0)], np.nan)
+        wide = logits[rows].astype(np.float64)
+        wide -= wide.max(axis=1, keepdims=True)
+        chosen = wide[np.arange(len(ids)), np.maximum(ids, 0)]
+        out[rows] = np.where(ids >= 0, np.log(np.exp(wide, out=wide).sum(axis=1)) - chosen, np.nan)
     return out
 
 

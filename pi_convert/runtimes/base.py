@@ -49,6 +49,10 @@ class Session(Protocol):
         """
         ...
 
+    def restart(self) -> None:
+        """Forgets every token that was fed, so that the next chunk may start anywhere."""
+        ...
+
     def close(self) -> None:
         """Frees the cache."""
         ...

@@ -174,6 +174,11 @@ class LlamaCppSession(Closing):
         out = api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(out, (count, self._owner.vocabulary)).copy()
 
+    def restart(self) -> None:
+        """See ``Session.restart``."""
+        api = _library()
+        api.llama_memory_clear(api.llama_get_memory(self._context), True)
+
     def close(self) -> None:
         """Frees the cache."""
         if self._context:

@@ -207,6 +207,10 @@ class OrtSession(Closing):
         self._fed = total
         return np.asarray(found.numpy()[0], np.float32) if logits else None
 
+    def restart(self) -> None:
+        """See ``Session.restart``."""
+        self._first, self._fed, self._past = None, 0, {}
+
     def close(self) -> None:
         """Frees the cache."""
         self._past = {}

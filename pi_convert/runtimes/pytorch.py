@@ -130,10 +130,15 @@ class TorchSession(Closing):
         context_tokens: int,
         rounded: Mapping[str, Encoding] | None = None,
     ) -> None:
+        self._model, self._rotary, self._rounded = model, rotary, rounded
+        self._context_tokens = context_tokens
+        self.restart()
+
+    def restart(self) -> None:
+        """See ``Session.restart``."""
         from pi_convert.runtimes.reserved_cache import reserve
 
-        self._model, self._rotary, self._rounded = model, rotary, rounded
-        self._cache = reserve(model.config.num_hidden_layers, context_tokens)
+        self._cache = reserve(self._model.config.num_hidden_layers, self._context_tokens)
 
     def feed(self, tokens: Tokens, *, position: int, logits: bool) -> Logits | None:
         """See ``Session.feed``."""
