@@ -40,15 +40,24 @@ class Opening:
     original_context: int | None = None
 
 
-def open_models(references: Sequence[str | None], opening: Opening) -> tuple[Model, ...]:
-    """The models named, None the default one; each is announced on stderr."""
+def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...]:
+    """The models named, None the default one; each is announced on stderr.
+
+    Raises ``UsageError`` where a scale was asked for and none of them is run by torch.
+    """
     from pi_convert.defaults import resolve_model
 
     models = []
-    for reference in references:
+    for reference, opening in named:
         resolved = resolve_model(reference)
         click.echo(resolved.announcement, err=True)
         models.append(open_model(resolved.reference, opening))
+    scaled = any(opening.scale is not None for _, opening in named)
+    if scaled and all(model.runtime != "torch" for model in models):
+        raise click.UsageError(
+            "--scale is for models that torch runs; GGUF and ONNX files have their own factor."
+            " For a GGUF, --runtime pytorch takes its weights."
+        )
     return tuple(models)
 
 
@@ -66,18 +75,16 @@ def open_model(reference: str, opening: Opening) -> Model:
     """The model that ``reference`` names, without its weights.
 
     A GGUF file goes to llama.cpp unless the runtime says otherwise, an ONNX file or folder to ONNX
-    Runtime, everything else to torch. Raises ``SourceError`` for what cannot be read, and
-    ``UsageError`` for a scale that does not go with it.
+    Runtime, everything else to torch, which alone can apply a scale. Raises ``SourceError`` for
+    what cannot be read.
     """
     from converters.containers.onnx import graph_files
 
     path = Path(reference)
     if path.is_file() and path.suffix.lower() == ".gguf" and opening.runtime != "pytorch":
-        _refuse_scale(reference, opening, "llama.cpp runs a GGUF with its own factor")
         return _in_llamacpp(path, opening)
     graphs = [graph for graph in graph_files(path) if graph.suffix == ".onnx"]
     if graphs:
-        _refuse_scale(reference, opening, "an ONNX file has its own tables")
         return _in_onnxruntime(_one_graph(path, graphs), opening)
     checkpoint = open_scaled(reference, opening)
     return torch_model(checkpoint, opening.options)
@@ -91,14 +98,6 @@ def open_scaled(reference: str, opening: Opening) -> Checkpoint:
         reference, revision=opening.revision, original_context=opening.original_context
     )
     return checkpoint if opening.scale is None else checkpoint.interpolate(opening.scale)
-
-
-def _refuse_scale(reference: str, opening: Opening, why: str) -> None:
-    if opening.scale is not None:
-        raise click.UsageError(
-            f"--scale is for models that torch runs; {why} ({reference})."
-            " For a GGUF, --runtime pytorch takes its weights."
-        )
 
 
 def _one_graph(path: Path, graphs: Sequence[Path]) -> Path:

@@ -135,7 +135,7 @@ def command(
     options = PerplexityOptions(**take(flags, PerplexityOptions))
     run = RunOptions(**flags)
     opening = Opening(run, scale, runtime, revision, original_context)
-    opened = open_models(models or (None,), opening)
+    opened = open_models([(model, opening) for model in models or (None,)])
     options = _settled(options, opened, joined=not texts)
     asked = Asked(options, run, as_json)
     measure = _as_llamacpp if options.protocol == "llama.cpp" else _as_the_paper
