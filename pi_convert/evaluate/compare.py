@@ -97,7 +97,7 @@ def compare(
         sessions = [stack.enter_context(r.open_session(longest)) for r in (a, b)]
         for window in windows:
             for session in sessions:
-                session.restart()
+                session.keep(0)
             done = 0
             for chunk in in_lockstep(window, sessions, "comparing"):
                 found.add(window.position + done, chunk.following, chunk.document, chunk.logits)

@@ -23,11 +23,16 @@ class Speed:
     attention_seconds: float  # more for each token already in the cache
 
     def of(self, windows: Sequence[Window]) -> float:
-        """Seconds that ``windows`` will take."""
-        return sum(
-            window.fed * (self.token_seconds + self.attention_seconds * window.fed / 2)
-            + window.scored * self.scored_seconds
-            for window in windows
+        """Seconds that ``windows`` will take, each from an empty cache."""
+        return sum(self.feeding(0, window.fed, window.scored) for window in windows)
+
+    def feeding(self, start: int, stop: int, scored: int) -> float:
+        """Seconds for tokens ``start`` to ``stop`` of a sequence, ``scored`` with logits."""
+        attended = (stop**2 - start**2) / 2
+        return (
+            (stop - start) * self.token_seconds
+            + attended * self.attention_seconds
+            + scored * self.scored_seconds
         )
 
 
@@ -39,7 +44,7 @@ def measure_speed(model: Model, runtime: Runtime) -> Speed:
     seconds = []
     with runtime.open_session(count) as session:
         for part, logits in ((tokens, False), (tokens, False), (tokens[:scored], True)):
-            session.restart()
+            session.keep(0)
             started = time.perf_counter()
             session.feed(part, position=0, logits=logits)
             seconds.append((time.perf_counter() - started) / len(part))

@@ -177,7 +177,7 @@ def score_windows(
     chunk_tokens = scored_chunk_alone(runtime.vocabulary)
     with runtime.open_session(max(window.fed for window in windows)) as session:
         for window in windows:
-            session.restart()
+            session.keep(0)
             before = done
 
             def tell(_: str, fed: int, __: int, before: int = before) -> None:

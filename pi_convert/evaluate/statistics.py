@@ -104,6 +104,16 @@ def clustered_mean(values: Vector, cluster: npt.NDArray[np.int32]) -> Mean:
     return Mean(mean, float(np.sqrt(variance)), len(values), count)
 
 
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a success rate (Wilson 1927); 0 to 1 without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, weight = successes / trials, Z95**2 / trials
+    middle = (rate + weight / 2) / (1 + weight)
+    half = Z95 / (1 + weight) * np.sqrt(rate * (1 - rate) / trials + weight / (4 * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
 @dataclass(slots=True)
 class Comparison:
     """Position by position, one model (p) against another (q), gathered chunk after chunk."""

@@ -49,8 +49,12 @@ class Session(Protocol):
         """
         ...
 
-    def restart(self) -> None:
-        """Forgets every token that was fed, so that the next chunk may start anywhere."""
+    def keep(self, count: int) -> int:
+        """Forgets all but the first ``count`` tokens; returns how many are left.
+
+        None are left where a cache cannot be cut, and after ``keep(0)``: then the next chunk may
+        start anywhere.
+        """
         ...
 
     def close(self) -> None:
