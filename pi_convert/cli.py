@@ -30,6 +30,7 @@ COMMANDS = {
     "perplexity": "Perplexity over a sliding window, the same tokens scored at every context.",
     "passkey": "Retrieve a passkey from ever farther back, as the paper does.",
     "compare": "Compare two models on the same tokens: KL, agreement, paired NLL.",
+    "probe": "Tell from the weights which factor a checkpoint was tuned with.",
     "bound": "Bound attention scores, interpolated and extrapolated, by the paper's theorem.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
     "check": "Audit a GGUF file's metadata, of any architecture.",
