@@ -13,6 +13,7 @@ from pi_convert.commands.options import PATH, Decorated
 
 if TYPE_CHECKING:
     from pi_convert.evaluate.texts import Document
+    from pi_convert.report.document import Report
 
 RUNTIMES = ("pytorch", "llama.cpp")
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -84,13 +85,30 @@ def text_option(function: Decorated) -> Decorated:
 
 
 def report_option(function: Decorated) -> Decorated:
-    """``--report DIR``."""
+    """``--report DIR`` and ``--force``."""
+    function = click.option("--force", is_flag=True, help="Replace an existing report.")(function)
     return click.option(
         "--report",
         type=PATH,
         metavar="DIR",
         help="Write report.html, report.md, report.json and junit.xml there.",
     )(function)
+
+
+def require_report(folder: Path | None, *, force: bool) -> None:
+    """Refuses a report that would replace another without ``--force``, before any work."""
+    from pi_convert.report.folder import require_writable
+
+    if folder is not None:
+        require_writable(folder, force=force)
+
+
+def write_page(page: Report, folder: Path, *, force: bool) -> None:
+    """Writes a report and says on stderr where it is."""
+    from pi_convert.report.folder import write_report
+
+    write_report(page, folder, force=force)
+    click.echo(f"report: {folder / 'report.html'}", err=True)
 
 
 def runtime_option(name: str = "--runtime", of: str = "GGUF files") -> Callable[..., Any]:

@@ -11,9 +11,12 @@ import click
 from pi_convert.commands._measuring import (
     RunOptions,
     read_texts,
+    report_option,
+    require_report,
     run_options,
     runtime_option,
     text_option,
+    write_page,
 )
 from pi_convert.commands.options import (
     json_option,
@@ -56,6 +59,7 @@ _DEFAULT_CONTEXT = 1024
 @original_context_option
 @revision_option
 @run_options
+@report_option
 @json_option
 def command(
     *,
@@ -70,6 +74,8 @@ def command(
     runtime_b: str | None,
     original_context: int | None,
     revision: str | None,
+    report: Path | None,
+    force: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -86,8 +92,10 @@ def command(
     """
     from pi_convert.commands._models import Opening, open_models, require_contexts
     from pi_convert.report.compare import compare_text
+    from pi_convert.report.compare_page import compare_page
     from pi_convert.report.console import emit, emit_json
 
+    require_report(report, force=force)
     run = RunOptions(**flags)
     models = open_models(
         [
@@ -98,11 +106,13 @@ def command(
     if context is None:
         context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
     require_contexts(models, context, extrapolate=extrapolate)
-    report = _compare(models, read_texts(texts), (context, documents), run)
+    found = _compare(models, read_texts(texts), (context, documents), run)
     if as_json:
-        emit_json(report.to_json())
+        emit_json(found.to_json())
     else:
-        emit(compare_text(report))
+        emit(compare_text(found))
+    if report is not None:
+        write_page(compare_page(found), report, force=force)
 
 
 def _compare(

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pi_convert.commands._measuring import RunOptions, run_options, runtime_option, take
+from pi_convert.commands._measuring import (
+    RunOptions,
+    report_option,
+    require_report,
+    run_options,
+    runtime_option,
+    take,
+    write_page,
+)
 from pi_convert.commands.options import (
     json_option,
     original_context_option,
@@ -17,6 +25,7 @@ from pi_convert.commands.options import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from pi_convert.evaluate.models import Model
     from pi_convert.report.passkey import PasskeyReport
@@ -70,6 +79,7 @@ class PasskeyOptions:
 @original_context_option
 @revision_option
 @run_options
+@report_option
 @json_option
 def command(
     *,
@@ -78,6 +88,8 @@ def command(
     runtime: str | None,
     original_context: int | None,
     revision: str | None,
+    report: Path | None,
+    force: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -96,15 +108,19 @@ def command(
     """
     from pi_convert.commands._models import Opening, open_models, require_contexts
     from pi_convert.report.console import emit_json
+    from pi_convert.report.passkey_page import passkey_page
 
+    require_report(report, force=force)
     options = PasskeyOptions(**take(flags, PasskeyOptions))
     run = RunOptions(**flags)
     opening = Opening(run, scale, runtime, revision, original_context)
     opened = open_models([(model, opening) for model in models or (None,)])
     require_contexts(opened, options.max_context, extrapolate=options.extrapolate)
-    report = _measure(opened, options, run, as_json=as_json)
+    found = _measure(opened, options, run, as_json=as_json)
     if as_json:
-        emit_json(report.to_json())
+        emit_json(found.to_json())
+    if report is not None:
+        write_page(passkey_page(found), report, force=force)
 
 
 def _measure(

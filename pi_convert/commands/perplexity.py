@@ -11,10 +11,13 @@ import click
 from pi_convert.commands._measuring import (
     RunOptions,
     read_texts,
+    report_option,
+    require_report,
     run_options,
     runtime_option,
     take,
     text_option,
+    write_page,
 )
 from pi_convert.commands.options import (
     json_option,
@@ -105,6 +108,7 @@ class PerplexityOptions:
 @original_context_option
 @revision_option
 @run_options
+@report_option
 @json_option
 def command(
     *,
@@ -114,6 +118,8 @@ def command(
     runtime: str | None,
     original_context: int | None,
     revision: str | None,
+    report: Path | None,
+    force: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -131,17 +137,26 @@ def command(
     """
     from pi_convert.commands._models import Opening, open_models
     from pi_convert.report.console import emit_json
+    from pi_convert.report.perplexity_page import llamacpp_page, perplexity_page
 
+    require_report(report, force=force)
     options = PerplexityOptions(**take(flags, PerplexityOptions))
     run = RunOptions(**flags)
     opening = Opening(run, scale, runtime, revision, original_context)
     opened = open_models([(model, opening) for model in models or (None,)])
     options = _settled(options, opened, joined=not texts)
     asked = Asked(options, run, as_json)
-    measure = _as_llamacpp if options.protocol == "llama.cpp" else _as_the_paper
-    found = measure(opened, read_texts(texts), asked)
+    found: PerplexityReport | LlamaCppReport
+    if options.protocol == "llama.cpp":
+        found = _as_llamacpp(opened, read_texts(texts), asked)
+        page = llamacpp_page(found)
+    else:
+        found = _as_the_paper(opened, read_texts(texts), asked)
+        page = perplexity_page(found)
     if as_json:
         emit_json(found.to_json())
+    if report is not None:
+        write_page(page, report, force=force)
 
 
 @dataclass(frozen=True, slots=True)

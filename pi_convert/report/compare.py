@@ -63,12 +63,12 @@ def compare_text(report: CompareReport) -> str:
     found = report.paired
     a, b = found.perplexities
     facts = {
-        "KL(A || B)": f"{found.kl.value:.3g} nats a token{_ends(found.kl)}",
+        "KL(A || B)": nats_text(found.kl),
         "KL by rank": f"median {found.kl_median:.3g}, 99 % below {found.kl_99:.3g},"
         f" largest {found.kl_largest:.3g}",
         "same first token": f"{found.top1:.2%}",
         "perplexity": f"A {a:.3f}, B {b:.3f}",
-        "A's change of it": f"{expm1(found.nll_change.value):+.2%}{_ratio_ends(found.nll_change)}",
+        "A's change of it": ratio_text(found.nll_change),
     }
     rows = [
         [f"{tokens(s.start)} to {tokens(s.stop - 1)}", f"{s.kl.value:>9.3g}", f"{s.top1:.2%}",
@@ -87,13 +87,18 @@ def compare_text(report: CompareReport) -> str:
     )
 
 
-def _ends(mean: Mean) -> str:
+def nats_text(mean: Mean) -> str:
+    """A mean KL with its interval."""
     if mean.interval is None:
-        return " (one document: no interval)"
-    return f" (95 %: {mean.interval[0]:.3g} to {mean.interval[1]:.3g})"
+        return f"{mean.value:.3g} nats (one document: no interval)"
+    low, high = mean.interval
+    return f"{mean.value:.3g} nats (95 %: {low:.3g} to {high:.3g})"
 
 
-def _ratio_ends(mean: Mean) -> str:
+def ratio_text(mean: Mean) -> str:
+    """A change of NLL as a change of perplexity, with its interval."""
+    change = f"{expm1(mean.value):+.2%}"
     if mean.interval is None:
-        return " (one document: no interval)"
-    return f" (95 %: {expm1(mean.interval[0]):+.2%} to {expm1(mean.interval[1]):+.2%})"
+        return f"{change} (one document: no interval)"
+    low, high = mean.interval
+    return f"{change} (95 %: {expm1(low):+.2%} to {expm1(high):+.2%})"

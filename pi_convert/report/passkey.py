@@ -74,11 +74,20 @@ def k_max_text(found: Passkey) -> str:
     low, high = found.k_max_bounds
     right = sum(depth.found for depth in found.depths)
     total = sum(depth.trials for depth in found.depths)
-    reach = "none" if found.k_max == 0 else f"{tokens(found.k_max)} tokens"
+    if found.k_max == 0:
+        near = found.depths[0]
+        head = (
+            f"k_max none: at {tokens(near.distance)} tokens already the passkey is found in"
+            f" {near.found} of {near.trials} trials, less than {LEAST_RATE:.0%}"
+        )
+    else:
+        head = (
+            f"k_max {tokens(found.k_max)} tokens: at every distance up to it the passkey is found"
+            f" in {LEAST_RATE:.0%} of trials or more"
+        )
     return (
-        f"k_max {reach}: every distance up to it found in {LEAST_RATE:.0%} of trials or more"
-        f" (by the intervals' ends {tokens(low)} to {tokens(high)}); {right} of {total} found in"
-        " all"
+        f"{head} (by the intervals' ends {tokens(low)} to {tokens(high)}); {right} of {total}"
+        " found in all"
     )
 
 

@@ -62,7 +62,7 @@ def model_text(model: Model, measured: Measured) -> str:
             f"{tokens(at.context):>9}",
             f"{at.perplexity:>10.3f}",
             interval_text(at),
-            _place(at.context, model),
+            place_text(at.context, model),
         ]
         for at in measured.at
     ]
@@ -79,7 +79,8 @@ def _contexts(model: Model) -> str:
     return f"L {tokens(model.original_context)}, L' {tokens(model.context)}"
 
 
-def _place(context: int, model: Model) -> str:
+def place_text(context: int, model: Model) -> str:
+    """Where a context lies: past L, past L', or neither."""
     if model.context is not None and context > model.context:
         return "past L'"
     if model.original_context is not None and context > model.original_context:
