@@ -13,7 +13,7 @@ DEMO := $(CURDIR)/demo
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing (the first time compiles llama.cpp: about 5 minutes)"
@@ -28,8 +28,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: install
 	mkdir -p $(DEMO)
-	$(BIN)/pi-convert export --to gguf --scale $(SCALE) --out $(DEMO) --force
+	$(BIN)/pi-convert export --to gguf --to onnx --precision int4 --scale $(SCALE) --out $(DEMO) --force
 	$(BIN)/pi-convert verify $(DEMO)/SmolLM2-135M-Instruct-PI$(SCALE)-Q4_1.gguf --scale $(SCALE)
+	$(BIN)/pi-convert verify $(DEMO)/SmolLM2-135M-Instruct-PI$(SCALE)-ONNX --scale $(SCALE)
 
 test: install-dev
 	$(BIN)/ruff check
@@ -53,4 +54,5 @@ bench: install-dev
 	$(BIN)/python benchmarks/export_gguf.py
 
 clean:
+	rm -f converters/ggml/*.so
 	rm -rf $(VENV) $(DEMO) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -38,6 +38,8 @@ GROWTH = (  # of one make, so that time can be laid against parameters
     TINYLLAMA,
     ModelShape("3B", 3072, 8192, 26, 24, 8),
 )
+LLAMA7B = ModelShape("7B", 4096, 11008, 32, 32, 32)
+SHAPES = {shape.name: shape for shape in (*GROWTH, LLAMA7B)}
 LAYERS_PER_SHARD = 6
 
 
@@ -133,4 +135,4 @@ def _write_tokenizer(folder: Path) -> None:
 
 if __name__ == "__main__":
     name, target = sys.argv[1:]
-    write_seeded(Path(target), next(shape for shape in GROWTH if shape.name == name))
+    write_seeded(Path(target), SHAPES[name])

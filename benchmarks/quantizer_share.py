@@ -1,7 +1,7 @@
-"""How much of an export's processor time is libggml's quantizer.
+"""How much of an export's processor time is quantizing.
 
 usage: python benchmarks/quantizer_share.py MODEL TYPE...
-Prints seconds in ggml_quantize_chunk and of the whole process, over all threads, as JSON.
+Prints seconds in the quantizer and of the whole process, over all threads, as JSON.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from converters.ggml import Ggml
+from converters.ggml import Quantizer
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, write_gguf
 
 
 def main(model: str, *types: str) -> None:
     spent: list[float] = []  # appended by several threads
-    quantize = Ggml.quantize
+    quantize = Quantizer.quantize
 
-    def timed(self: Ggml, *arguments: Any) -> Any:
+    def timed(self: Quantizer, *arguments: Any) -> Any:
         started = time.thread_time()
         made = quantize(self, *arguments)
         spent.append(time.thread_time() - started)
         return made
 
-    Ggml.quantize = timed  # type: ignore[method-assign]
+    Quantizer.quantize = timed  # type: ignore[method-assign]
     checkpoint = open_checkpoint(model).interpolate(8)
     with tempfile.TemporaryDirectory(dir=Path(model).parent) as out:
         write_gguf(checkpoint, plan_gguf(checkpoint, types), Path(out))

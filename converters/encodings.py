@@ -1,7 +1,12 @@
-"""How a tensor's numbers are stored: plain floats and ggml's block types, with their sizes."""
+"""How a tensor's numbers are stored: floats, ggml's block types, ONNX Runtime's; with their sizes.
+
+ONNX Runtime's MatMulNBits has blocks that ggml has not: of 128 elements, and with a zero point.
+Here such a block is one run of bytes: its scale, its zero point where it has one, its codes.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+NO_GGML_TYPE = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """A storage type: ``block_elements`` numbers in ``block_bytes`` bytes, along the last axis."""
 
     name: str  # ggml's type name in lower case
-    ggml_type: int
+    ggml_type: int  # NO_GGML_TYPE: ggml has none such
     block_elements: int
     block_bytes: int
 
@@ -88,6 +96,54 @@ F16 = ENCODINGS["f16"]
 BF16 = ENCODINGS["bf16"]
 
 
+@dataclass(frozen=True, slots=True)
+class NBits:
+    """What a block of MatMulNBits holds: value = (code - zero point) * scale.
+
+    Codes of 4 bits stand two a byte, the even element in the low half. Without a zero point of its
+    own, a block's is ``middle``.
+    """
+
+    bits: int
+    asymmetric: bool
+    scale: np.dtype[np.floating]
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric block."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+
+def _nbits_table() -> Mapping[Encoding, NBits]:
+    """Every form that is not one of ggml's: block 32, symmetric, is q4_0 and q8_0."""
+    found = {}
+    for bits, block, asymmetric, scale in itertools.product(
+        (4, 8), (32, 128), (False, True), ("f4", "f2")
+    ):
+        if block == 32 and not asymmetric:
+            continue
+        kind = NBits(bits, asymmetric, np.dtype(scale))
+        name = f"int{bits}_b{block}{'_asym' * asymmetric}{'_f16' * (scale == 'f2')}"
+        block_bytes = kind.scale.itemsize + asymmetric + block * bits // 8
+        found[Encoding(name, NO_GGML_TYPE, block, block_bytes)] = kind
+    return found
+
+
+NBITS: Mapping[Encoding, NBits] = _nbits_table()
+
+
+def nbits_encoding(block_elements: int, kind: NBits) -> Encoding | None:
+    """The encoding of such blocks; None where it is one of ggml's, or none that is known."""
+    return next(
+        (e for e, k in NBITS.items() if (e.block_elements, k) == (block_elements, kind)), None
+    )
+
+
 def encoding_of_ggml_type(ggml_type: int) -> Encoding:
     """The encoding with ggml's type number. Raises ``UnsupportedError`` for an unknown number."""
     try:
@@ -114,7 +170,22 @@ def decode_f32(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np
         return wide.view(np.float32)
     if encoding.name == "f64":
         return raw.view(np.float64).astype(np.float32)
+    if encoding in NBITS:
+        return _decode_nbits(raw, encoding)
     return _dequantize_blocks(raw, encoding)
+
+
+def _decode_nbits(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np.float32]:
+    kind = NBITS[encoding]
+    blocks = raw.reshape(len(raw), -1, encoding.block_bytes)
+    size = kind.scale.itemsize
+    scales = np.ascontiguousarray(blocks[:, :, :size]).view(kind.scale).astype(np.float32)
+    zero = blocks[:, :, size : size + 1].astype(np.float32) if kind.asymmetric else kind.middle
+    codes = blocks[:, :, size + kind.asymmetric :]
+    if kind.bits == 4:
+        codes = np.stack([codes & 0x0F, codes >> 4], axis=-1).reshape(*blocks.shape[:2], -1)
+    values: npt.NDArray[np.float32] = (codes - np.float32(zero)) * scales
+    return values.reshape(len(raw), -1)
 
 
 def _dequantize_blocks(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np.float32]:

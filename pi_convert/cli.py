@@ -33,7 +33,7 @@ COMMANDS = {
     "probe": "Tell from the weights which factor a checkpoint was tuned with.",
     "bound": "Bound attention scores, interpolated and extrapolated, by the paper's theorem.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
-    "check": "Audit a GGUF file's metadata, of any architecture.",
+    "check": "Audit a GGUF file of any architecture, or an ONNX file or folder of any tool.",
     "fix": "Repair a GGUF file's RoPE metadata; tensor bytes stay untouched.",
     "quants": "List every quantization type with its size for a model.",
     "doctor": "Show versions, libraries and devices, and what is missing.",

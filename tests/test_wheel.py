@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.tiny import write_tiny
+
+KERNELS = {f"converters/ggml/_kquants_{name}.so" for name in ("avx2", "avx512")}
 
 
 @pytest.mark.slow
@@ -29,6 +34,7 @@ def test_the_wheel_exports_without_extras(tmp_path: Path) -> None:
 
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", REPOSITORY)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert ("none-any" in wheel.name) is (KERNELS.isdisjoint(zipfile.ZipFile(wheel).namelist()))
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel)
@@ -42,3 +48,27 @@ def test_the_wheel_exports_without_extras(tmp_path: Path) -> None:
     assert "effective factor  8" in run(pi_convert, "inspect", "model-PI8-Q4_K_M.gguf")
     run(pi_convert, "check", "model-PI8-Q4_K_M.gguf")
     run(pi_convert, "doctor")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_built_without_kernels(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        REPOSITORY, source,
+        ignore=shutil.ignore_patterns(".*", "*.so", "tests", "benchmarks", "demo"),
+    )  # fmt: skip
+    shutil.copy(REPOSITORY / ".gitignore", source)
+    found = {}
+    for name, compiler in (("without", "no-such-compiler"), ("with", os.environ.get("CXX", "c++"))):
+        done = subprocess.run(
+            [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / name, source],
+            capture_output=True, text=True, check=False, env={**os.environ, "CXX": compiler},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        (wheel,) = (tmp_path / name).glob("*.whl")
+        found[name] = KERNELS & set(zipfile.ZipFile(wheel).namelist())
+        said = "no C++ compiler (no-such-compiler): K-quants will be ggml's own"
+        assert (said in done.stdout + done.stderr) is (name == "without")
+    assert not found["without"]
+    if shutil.which(os.environ.get("CXX", "c++")) and platform.machine() == "x86_64":
+        assert found["with"] == KERNELS

@@ -74,6 +74,8 @@ class OnnxFile:
     tensors: Mapping[str, OnnxTensor]
     nodes: tuple[OnnxNode, ...]
     inputs: Mapping[str, tuple[int | str, ...]]  # name -> shape
+    input_types: Mapping[str, str]  # name -> float32, int64, ...
+    outputs: tuple[str, ...]
     properties: Mapping[str, str]
     size_bytes: int  # of the graph and of its data files
 
@@ -107,9 +109,16 @@ def read_onnx_file(path: Path) -> OnnxFile:
         tensors=tensors,
         nodes=tuple(_node(onnx, node) for node in model.graph.node),
         inputs={value.name: _shape(value) for value in model.graph.input},
+        input_types={value.name: _type(onnx, value) for value in model.graph.input},
+        outputs=tuple(value.name for value in model.graph.output),
         properties={entry.key: entry.value for entry in model.metadata_props},
         size_bytes=path.stat().st_size + sum(file.stat().st_size for file in files),
     )
+
+
+def companion_folder(path: Path) -> Path:
+    """The folder of config.json and the tokenizer: the graph's own, or the one above ``onnx/``."""
+    return path.parent.parent if path.parent.name == "onnx" else path.parent
 
 
 def graph_files(path: Path) -> list[Path]:
@@ -174,3 +183,8 @@ def _node(onnx: Any, node: Any) -> OnnxNode:
 def _shape(value: Any) -> tuple[int | str, ...]:
     dims = value.type.tensor_type.shape.dim
     return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
+
+
+def _type(onnx: Any, value: Any) -> str:
+    kind = value.type.tensor_type.elem_type
+    return str(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else ""

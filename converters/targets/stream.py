@@ -21,7 +21,7 @@ import numpy as np
 from converters.content_hash import content_hash
 from converters.encodings import BF16, F16, F32, Encoding, decode_f32
 from converters.errors import TensorError
-from converters.ggml import Floats, Ggml, Raw
+from converters.ggml import Floats, Ggml, Quantizer, Raw
 from converters.progress import Progress, silent
 from converters.tensor import Tensor
 
@@ -90,13 +90,13 @@ class Stream:
         self,
         tensors: Sequence[StreamedTensor],
         sinks: Sequence[Sink],
-        ggml: Ggml,
+        quantizer: Quantizer,
         *,
         progress: Progress = silent,
     ) -> None:
         self._tensors = tensors
         self._sinks = sinks
-        self._ggml = ggml
+        self._quantizer, self._ggml = quantizer, quantizer.ggml
         self._progress = progress
         self._chunks = _split(tensors, CHUNK_ELEMENTS)
         self._hashes = {tensor.source.name: _Turns() for tensor in tensors}
@@ -161,7 +161,7 @@ class Stream:
         """The source's rows in ``made`` as ``wanted``; their float32 values are added to it."""
         if F32 not in made:
             made[F32] = _decode(self._ggml, made[source.encoding], source.encoding).view(np.uint8)
-        raw = self._ggml.quantize(wanted, made[F32].view(np.float32))
+        raw = self._quantizer.quantize(wanted, made[F32].view(np.float32))
         if not self._is_finite(raw, wanted):
             largest = float(np.abs(made[F32].view(np.float32)).max())
             raise TensorError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypedDict, TypeVar, Unpack
 
 from converters.files import Output, atomic_outputs, require_free_space, require_replaceable
-from converters.ggml import load_ggml
+from converters.ggml import Choice, load_quantizer
 from converters.progress import Progress, silent
 from converters.targets.stream import Sink, Stream, StreamedTensor, default_threads
 
@@ -64,6 +64,7 @@ class RunSettings(TypedDict, total=False):
     threads: int | None  # None: every core
     force: bool  # replace what exists; False
     progress: Progress  # silent
+    quantizer: Choice | None  # see ``load_quantizer``
 
 
 def write_targets(targets: Sequence[Target[A]], **settings: Unpack[RunSettings]) -> tuple[A, ...]:
@@ -89,7 +90,8 @@ def write_targets(targets: Sequence[Target[A]], **settings: Unpack[RunSettings])
         ]
         tensors = _merged(tensor for one in writing for tensor in one.tensors)
         sinks = [sink for one in writing for sink in one.sinks]
-        stream = Stream(tensors, sinks, load_ggml(), progress=settings.get("progress", silent))
+        quantizer = load_quantizer(settings.get("quantizer"))
+        stream = Stream(tensors, sinks, quantizer, progress=settings.get("progress", silent))
         source_hash = stream.run(settings.get("threads") or default_threads())
         return tuple(one.finish(source_hash) for one in writing)
 

@@ -18,6 +18,7 @@ from converters.rope import gguf as spelling
 from converters.rope.contexts import unscaled_context
 from converters.rope.gguf import RECORD_PREFIX
 from converters.sources import checkpoint_of_gguf, open_checkpoint
+from converters.tokenizers import Vocabulary
 from pi_convert.audit import llamacpp
 from pi_convert.audit import tokenizer_keys as keys
 from pi_convert.audit.header import Header, short
@@ -70,7 +71,7 @@ class TokenizerSummary:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A model without its weights. ``kv_cache_bytes`` is by context in tokens, in float16."""
+    """A model without its weights. ``kv_cache_bytes`` is by context in tokens."""
 
     label: str
     container: str  # folder, gguf or hub
@@ -86,6 +87,7 @@ class Description:
     sliding_window: int | None
     record: Mapping[str, object]  # what our own files say of where they came from
     notes: tuple[str, ...] = ()
+    cache_type: str = "float16"
 
     @property
     def parameters(self) -> int:
@@ -132,21 +134,26 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
             evidence=rope.evidence,
         ),
         tensors=tensors,
-        tokenizer=TokenizerSummary(
-            kind=vocabulary.kind.name,
-            pre=vocabulary.pre,
-            size=vocabulary.size,
-            special_ids=dict(vocabulary.special_ids),
-            add_bos=vocabulary.add_bos,
-            add_eos=vocabulary.add_eos,
-            has_chat_template=bool(vocabulary.chat_template),
-        ),
+        tokenizer=tokenizer_summary(vocabulary),
         kv_cache_bytes={
             context: hparams.kv_cache_bytes(context, _CACHE_ELEMENT_BYTES)
             for context in (rope.original_context, rope.context)
         },
         sliding_window=hparams.sliding_window,
         record={},
+    )
+
+
+def tokenizer_summary(vocabulary: Vocabulary) -> TokenizerSummary:
+    """A vocabulary without its tokens."""
+    return TokenizerSummary(
+        kind=vocabulary.kind.name,
+        pre=vocabulary.pre,
+        size=vocabulary.size,
+        special_ids=dict(vocabulary.special_ids),
+        add_bos=vocabulary.add_bos,
+        add_eos=vocabulary.add_eos,
+        has_chat_template=bool(vocabulary.chat_template),
     )
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.ggml import Ggml, load_ggml
+from pi_convert.audit.quantizers import QuantizerUse, survey_quantizers
 from pi_convert.defaults import default_model_path
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Environment:
     processor_features: tuple[str, ...]
     packages: tuple[Package, ...]
     ggml: GgmlBuild | None
+    quantizers: tuple[QuantizerUse, ...]
     gpus: tuple[str, ...]
     disks: tuple[Disk, ...]
     default_model: Path | None
@@ -98,6 +100,8 @@ def survey_environment() -> Environment:
     packages, problems = _packages()
     ggml, problem = _attempt(_ggml_build)
     problems += problem
+    quantizers, problem = _attempt(survey_quantizers) if ggml else (None, [])
+    problems += problem
     model, problem = _attempt(_default_model)
     problems += [Problem(p.message, p.remedy) for p in problem]
     problems += _runtime_clash()
@@ -111,6 +115,7 @@ def survey_environment() -> Environment:
         processor_features=_processor_features(),
         packages=tuple(packages),
         ggml=ggml,
+        quantizers=quantizers or (),
         gpus=gpus,
         disks=tuple(_disks()),
         default_model=model,

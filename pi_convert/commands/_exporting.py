@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.errors import ConvertError
+    from converters.ggml import Choice
     from converters.progress import Progress
     from converters.targets.gguf import GgufPlan
-    from converters.targets.onnx import GraphOptions, OnnxPlan
+    from converters.targets.onnx import Device, GraphOptions, OnnxPlan, Storage, WeightOptions
     from converters.targets.writing import Target
     from pi_convert.report.export import ExportReport
     from pi_convert.verify.verdict import Preset, Verdict
@@ -28,6 +29,10 @@ class ExportOptions:
     dtype: str | None
     precisions: tuple[str, ...]
     device: str | None
+    block_size: str | None
+    asymmetric: bool
+    embedding: str | None
+    head: str | None
     accuracy_level: int | None
     last_logits: bool
     portable: bool
@@ -37,11 +42,13 @@ class ExportOptions:
     dry_run: bool
     force: bool
     allow_requantize: bool
+    quantizer: Choice | None
     as_json: bool
 
 
 def run_export(source: Checkpoint, scale: float, options: ExportOptions, started: float) -> int:
     """Plans, writes, proves and reports; the exit code."""
+    from converters.errors import ConvertError
     from pi_convert.report.console import emit, emit_json, progress
     from pi_convert.report.export import ExportReport, dry_run_text, export_json, header_text
 
@@ -57,6 +64,10 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
     )
     targets = _targets(report, options)
     obstacles = _obstacles(targets, options)
+    try:
+        report = replace(report, notices=_preflight(report, options))
+    except ConvertError as error:
+        obstacles = (*obstacles, error)
     if not options.as_json:
         emit(header_text(report))
     if options.dry_run:
@@ -89,7 +100,32 @@ def _onnx_plans(checkpoint: Checkpoint, options: ExportOptions) -> tuple[OnnxPla
     require_onnx()
     from converters.targets.onnx import plan_onnx
 
-    return tuple(plan_onnx(checkpoint, name) for name in options.precisions or ("fp32",))
+    weights = _weight_options(options)
+    names = dict.fromkeys(options.precisions or ("fp32",))
+    return tuple(plan_onnx(checkpoint, name, weights) for name in names)
+
+
+def _weight_options(options: ExportOptions) -> WeightOptions:
+    from converters.targets.onnx import WeightOptions
+
+    default = WeightOptions()
+    return WeightOptions(
+        block_size=128 if options.block_size == "128" else default.block_size,
+        asymmetric=options.asymmetric,
+        embedding=cast("Storage | None", options.embedding),
+        head=cast("Storage | None", options.head),
+        requantize=options.allow_requantize,
+    )
+
+
+def _preflight(report: ExportReport, options: ExportOptions) -> tuple[str, ...]:
+    """What to know of the ONNX files and of running them; raises where they cannot run."""
+    if not report.onnx_plans:
+        return ()
+    from converters.targets.onnx import preflight
+
+    device = cast("Device | None", options.device)
+    return preflight(report.checkpoint, report.onnx_plans, _graph_options(options), device)
 
 
 def _folder(options: ExportOptions, checkpoint: Checkpoint) -> Path | None:
@@ -153,7 +189,11 @@ def _write(
     from converters.targets.writing import write_targets
 
     written = write_targets(
-        list(targets.values()), threads=options.threads, force=options.force, progress=tell
+        list(targets.values()),
+        threads=options.threads,
+        force=options.force,
+        progress=tell,
+        quantizer=options.quantizer,
     )
     made = dict(zip(targets, written, strict=True))
     return replace(

@@ -230,7 +230,7 @@ def _whole(keys: Mapping[str, object], key: str) -> int:
 
 
 def _in_onnxruntime(path: Path, opening: Opening) -> Model:
-    from converters.containers.onnx import read_onnx_file
+    from converters.containers.onnx import companion_folder, read_onnx_file
     from pi_convert.evaluate.models import Model
     from pi_convert.runtimes.ort import OrtModel, OrtOptions, require_provider
 
@@ -242,7 +242,7 @@ def _in_onnxruntime(path: Path, opening: Opening) -> Model:
     context = record.get("context", config.get("max_position_embeddings"))
     original = opening.original_context or record.get("original_context", context)
     return Model(
-        label=f"{_folder(path).name}/{path.name}",
+        label=f"{companion_folder(path.resolve()).name}/{path.name}",
         runtime="ONNX Runtime",
         original_context=original,
         context=context,
@@ -254,20 +254,14 @@ def _in_onnxruntime(path: Path, opening: Opening) -> Model:
     )
 
 
-def _folder(path: Path) -> Path:
-    """The folder of config.json and the tokenizer."""
-    from pi_convert.verify.onnx_artifact import own_files
-
-    return own_files(path.resolve())
-
-
 def _beside(path: Path) -> tuple[Mapping[str, object], _Encoder]:
     """The config and the tokenizer that lie with a graph."""
+    from converters.containers.onnx import companion_folder
     from converters.containers.strict_json import read_json_object
     from converters.errors import SourceError
     from converters.tokenizers.huggingface import read_tokenizer
 
-    folder = _folder(path)
+    folder = companion_folder(path.resolve())
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{path}: there is no config.json in {folder}",
@@ -281,14 +275,14 @@ def _beside(path: Path) -> tuple[Mapping[str, object], _Encoder]:
 
 
 def _table_rows(file: OnnxFile) -> int | None:
-    """Positions of the smallest cos table; None where no node takes one."""
-    rows = [
-        file.tensors[name].shape[0]
-        for node in file.nodes_of("GroupQueryAttention", "RotaryEmbedding")
-        for name in node.inputs
-        if name in file.tensors and len(file.tensors[name].shape) == 2
-    ]
-    return min(rows, default=None)
+    """Positions of the cos and sin tables; None where a graph computes them."""
+    from converters.errors import SourceError
+    from pi_convert.runtimes.onnx_tables import stored_tables
+
+    try:
+        return stored_tables(file).rows
+    except SourceError:
+        return None
 
 
 def _onnx_sizes(file: OnnxFile) -> Sizes:

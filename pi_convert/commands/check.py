@@ -12,22 +12,28 @@ EXIT_WRONG = 3
 
 
 @click.command()
-@click.argument("file", metavar="FILE.gguf", type=PATH)
+@click.argument("file", metavar="FILE", type=PATH)
 @json_option
 @click.pass_context
 def command(context: click.Context, file: Path, as_json: bool) -> None:
-    """Audit a GGUF file's metadata, of any architecture.
+    """Audit a GGUF file of any architecture, or an ONNX file or folder of any tool.
 
-    Reads the header only, and says of RoPE, contexts, tokenizer and tensors what is right, what to
-    note and what is wrong, with what to do about it. Exit 3 where anything is wrong. Whether the
-    weights are right a header cannot show: `pi-convert verify` can.
+    Says of RoPE, contexts, tokenizer and tensors what is right, what to note and what is wrong,
+    with what to do about it. Exit 3 where anything is wrong. Of a GGUF the header alone is read; of
+    ONNX the tables too, and data files are held against the hash that the graph records. Whether
+    the weights are the source's only `pi-convert verify` can show.
     """
+    from pi_convert.audit.onnx_export import is_onnx
+    from pi_convert.audit.onnx_rules import audit_onnx
     from pi_convert.audit.rules import audit_path
     from pi_convert.report.audit import audit_json, audit_text
     from pi_convert.report.console import emit, emit_json
 
-    require_gguf_file(file, "check")
-    audit = audit_path(file)
+    if file.exists() and is_onnx(file):
+        audit = audit_onnx(file)
+    else:
+        require_gguf_file(file, "check")
+        audit = audit_path(file)
     if as_json:
         emit_json(audit_json(audit))
     else:

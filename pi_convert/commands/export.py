@@ -20,7 +20,8 @@ from pi_convert.commands.options import (
 
 TARGETS = ("gguf", "onnx", "safetensors")
 DTYPES = ("f32", "f16", "bf16")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "int8f16", "int4f16")
+STORAGES = ("float", "int8", "int4")
 
 
 @click.command()
@@ -41,7 +42,17 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     help="GGUF type such as q4_k_m or f16 (see `pi-convert quants`); may be repeated."
     " Default: q4_k_m; a quantized source keeps its tensors as they are.",
 )
-@click.option("--allow-requantize", is_flag=True, help="Let --quantize change a quantized source.")
+@click.option(
+    "--quantizer",
+    type=click.Choice(("auto", "native", "ggml")),
+    help="Who makes K-quants: pi-convert's own kernels, ggml, or (auto, the default) the kernels"
+    " where they make the same bytes. Also PI_CONVERT_QUANTIZER.",
+)
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Let --quantize and --precision quantize a quantized source again.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -52,13 +63,28 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     "precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="ONNX file to write; may be repeated. Default: fp32.",
+    help="ONNX file to write; may be repeated. f16: with float16 activations, for a GPU."
+    " Default: fp32.",
 )
 @click.option(
     "--for",
     "device",
     type=click.Choice(("cpu", "cuda", "web")),
     help="Where the ONNX files will run; what has no kernel there is refused. Default: cpu.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(("32", "128")),
+    help="Weights to a scale in int8 and int4 ONNX files. Default: 32.",
+)
+@click.option("--asymmetric", is_flag=True, help="ONNX: blocks with a zero point of their own.")
+@click.option(
+    "--embedding",
+    type=click.Choice(STORAGES),
+    help="How int8 and int4 ONNX files store the embedding (float: not quantized). Default: int8.",
+)
+@click.option(
+    "--head", type=click.Choice(STORAGES), help="The same for the output head. Default: int8."
 )
 @click.option(
     "--accuracy-level",
@@ -124,21 +150,39 @@ def _check_usage(options: ExportOptions) -> None:
             f"--dtype is for --to safetensors; for a GGUF file give --quantize {options.dtype}."
         )
     _check_types(options.quantize)
-    if options.allow_requantize and not options.quantize:
-        raise click.UsageError("--allow-requantize goes with --quantize TYPE.")
+    if options.allow_requantize and not (options.quantize or options.precisions):
+        raise click.UsageError("--allow-requantize goes with --quantize or --precision.")
+    _check_onnx(options)
+    if options.verify and not {"gguf", "onnx"} & set(options.targets):
+        raise click.UsageError("--verify proves GGUF and ONNX files; add --to gguf or --to onnx.")
+    if options.verify and options.last_logits:
+        raise click.UsageError(
+            "--verify compares the logits of every token, which --last-logits leaves out."
+        )
+    if options.verify and options.dry_run:
+        raise click.UsageError("--dry-run writes nothing that --verify could prove.")
+
+
+def _check_onnx(options: ExportOptions) -> None:
+    of_blocks = {
+        "--block-size": options.block_size,
+        "--asymmetric": options.asymmetric,
+        "--embedding": options.embedding,
+        "--head": options.head,
+        "--accuracy-level": options.accuracy_level is not None,
+    }
     for_onnx = {
         "--precision": options.precisions,
         "--for": options.device,
-        "--accuracy-level": options.accuracy_level is not None,
+        **of_blocks,
         "--last-logits": options.last_logits,
         "--portable": options.portable,
     }
     if "onnx" not in options.targets and (given := [n for n, value in for_onnx.items() if value]):
         raise click.UsageError(f"{', '.join(given)}: for --to onnx.")
-    if options.verify and not {"gguf", "onnx"} & set(options.targets):
-        raise click.UsageError("--verify proves GGUF and ONNX files; add --to gguf or --to onnx.")
-    if options.verify and options.dry_run:
-        raise click.UsageError("--dry-run writes nothing that --verify could prove.")
+    quantized = any(name.startswith("int") for name in options.precisions)
+    if not quantized and (given := [n for n, value in of_blocks.items() if value]):
+        raise click.UsageError(f"{', '.join(given)}: for --precision int8 or int4.")
 
 
 def _check_types(names: tuple[str, ...]) -> None:

@@ -68,7 +68,7 @@ def _cache_text(description: Description) -> str:
     }
     if description.sliding_window:
         facts["attention window"] = f"{tokens(description.sliding_window)} tokens"
-    return "KV cache in float16\n" + pairs(facts) if facts else ""
+    return f"KV cache in {description.cache_type}\n" + pairs(facts) if facts else ""
 
 
 def _tensor_table(description: Description) -> str:
@@ -125,6 +125,7 @@ def description_json(description: Description) -> dict[str, object]:
             {"context": context, "size_bytes": cache_bytes}
             for context, cache_bytes in description.kv_cache_bytes.items()
         ],
+        "kv_cache_type": description.cache_type,
         "sliding_window": description.sliding_window,
         "record": {
             key: plain(value) if isinstance(value, float) and not isfinite(value) else value

@@ -21,6 +21,7 @@ def environment_text(environment: Environment) -> str:
     parts = [
         pairs(about),
         "libggml\n" + (_ggml_text(environment.ggml) if environment.ggml else "  not usable"),
+        "K-quants\n" + _quantizer_table(environment),
         "Packages\n" + _package_table(environment),
         "Room\n" + _room(environment),
         _default_model(environment),
@@ -43,6 +44,21 @@ def _ggml_text(build: GgmlBuild) -> str:
             "GPU offload": "yes" if build.offloads_to_gpu else "no: CPU build",
         }
     )
+
+
+def _quantizer_table(environment: Environment) -> str:
+    rows = [
+        [
+            use.type_name,
+            use.maker,
+            "-" if use.kernel_rate is None else f"{use.kernel_rate / 1e6:,.0f}",
+            f"{use.ggml_rate / 1e6:,.1f}",
+            use.reason,
+        ]
+        for use in environment.quantizers
+    ]
+    header = ("type", "made by", "kernels, M elements/s a core", "ggml's", "because")
+    return table(rows, header=header) if rows else "  not usable"
 
 
 def _package_table(environment: Environment) -> str:
@@ -114,6 +130,16 @@ def environment_json(environment: Environment) -> dict[str, object]:
             "compiled_features": build.compiled_features,
             "offloads_to_gpu": build.offloads_to_gpu,
         },
+        "quantizers": [
+            {
+                "type": use.type_name,
+                "made_by": use.maker,
+                "reason": use.reason,
+                "kernel_elements_per_second": use.kernel_rate,
+                "ggml_elements_per_second": use.ggml_rate,
+            }
+            for use in environment.quantizers
+        ],
         "gpus": list(environment.gpus),
         "disks": [
             {"purpose": disk.purpose, "folder": str(disk.folder), "free_bytes": disk.free_bytes}

@@ -41,6 +41,7 @@ class ExportReport:
     onnx_plans: tuple[OnnxPlan, ...] = ()
     out: Path = Path()  # the folder to write to
     folder: Path | None = None  # where a safetensors folder would go
+    notices: tuple[str, ...] = ()  # what to know of the ONNX files before they are written
     obstacles: tuple[ConvertError, ...] = ()  # outputs that exist and would not be replaced
     ggufs: tuple[GgufArtifact, ...] = ()
     folders: tuple[FolderArtifact, ...] = ()
@@ -69,6 +70,7 @@ def header_text(report: ExportReport) -> str:
         ["RoPE before", rope_text(source.rope)],
         ["RoPE after", rope_text(report.checkpoint.rope)],
         ["told by", "; ".join(evidence_lines(source.rope))],
+        *(["note", notice] for notice in report.notices),
     ]
     return _rows(rows)
 
@@ -86,6 +88,7 @@ def dry_run_text(report: ExportReport) -> str:
         place = report.onnx_folder / "onnx" / onnx.precision.file_name
         kinds = counts(_onnx_types(onnx))
         rows.append(["would write", f"{place}  {size(onnx.data_bytes)} ({kinds})"])
+        rows += fallback_rows(onnx.fallbacks)
     rows += [["would stop", f"{error.message}. {error.hint}"] for error in report.obstacles]
     return "\n".join([_rows(rows), "dry run: nothing was written"])
 
@@ -128,8 +131,7 @@ def _onnx_rows(folder: OnnxArtifact) -> list[list[str]]:
     for plan in folder.plans:
         kinds = f"{counts(_onnx_types(plan))}; {plan.table_rows:,} positions"
         rows.append([plan.precision.name, f"onnx/{plan.precision.file_name}  {kinds}"])
-        for name in plan.fallbacks:
-            rows.append(["fell back", f"{name}: its rows fit no block of 32"])
+        rows += fallback_rows(plan.fallbacks)
     return rows + [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]
 
 
@@ -173,6 +175,7 @@ def export_json(report: ExportReport) -> dict[str, object]:
         },
         "scale": report.scale,
         "rope": rope_json(report.checkpoint.rope),
+        "notices": list(report.notices),
         "obstacles": [error.message for error in report.obstacles],
         "planned": [
             {

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from converters.errors import EnvironmentNotReadyError, SourceError, UnsupportedError
 from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
 from pi_convert.runtimes.llamacpp import cores
+from pi_convert.runtimes.onnx_tables import Tables
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # ORT_LOGGING_LEVEL_ERROR
@@ -23,39 +23,6 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 _GPU_WHEELS = ("linux", "win32")
 RUNTIME_PACKAGE = "onnxruntime-gpu" if sys.platform in _GPU_WHEELS else "onnxruntime"
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """The cos and sin tables of a file and their initializers, (positions, rotary_dim / 2)."""
-
-    cos_name: str
-    sin_name: str
-    cos: npt.NDArray[np.floating]
-    sin: npt.NDArray[np.floating]
-
-    @property
-    def rows(self) -> int:
-        """Positions."""
-        return int(self.cos.shape[0])
-
-    @property
-    def rotary_dim(self) -> int:
-        """Channels that are rotated."""
-        return 2 * int(self.cos.shape[1])
-
-    def amplitude(self) -> float:
-        """What cos and sin are multiplied by: the attention factor."""
-        return float(self.cos[0].mean(dtype=np.float64))
-
-    def shifted(self, position: int) -> Tables:
-        """Row 0 is ``position``'s; rows before it come last."""
-        cos, sin = np.roll(self.cos, -position, axis=0), np.roll(self.sin, -position, axis=0)
-        return Tables(self.cos_name, self.sin_name, cos, sin)
-
-    def as_mapping(self) -> dict[str, npt.NDArray[np.floating]]:
-        """Initializer name to values."""
-        return {self.cos_name: self.cos, self.sin_name: self.sin}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +202,7 @@ def import_runtime() -> Any:
 
 def require_onnx() -> None:
     """Raises ``EnvironmentNotReadyError`` unless what the ONNX target needs is installed."""
-    missing = [n for n in ("onnx", "onnx_ir", "onnxruntime") if not importlib.util.find_spec(n)]
+    missing = [name for name in ("onnx", "onnx_ir") if not importlib.util.find_spec(name)]
     if missing:
         raise EnvironmentNotReadyError(
             f"--to onnx needs {', '.join(missing)}", hint="pip install 'pi-convert[onnx]'"

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from converters.encodings import Encoding
+from converters.encodings import NBITS, Encoding
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,9 @@ def _rounding(encoding: Encoding) -> Rounding | None:
         return _half
     if encoding.name == "bf16":
         return _bfloat16
-    block = 256 if encoding.block_elements == 256 else 32
+    # ONNX Runtime rounds them in blocks of the weight's size where accuracy_level is 4.
+    own = encoding in NBITS or encoding.block_elements == 256
+    block = encoding.block_elements if own else 32
     return lambda values: _int8(values, block)
 
 

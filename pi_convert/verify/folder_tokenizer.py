@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.containers.onnx import companion_folder
 from converters.errors import ConvertError, SourceError
 from converters.progress import Progress
 from pi_convert.runtimes.llamacpp import LlamaCppTokenizer
-from pi_convert.verify.onnx_artifact import OnnxArtifact, own_files
+from pi_convert.verify.onnx_artifact import OnnxArtifact
 from pi_convert.verify.request import Subject
 from pi_convert.verify.tokenizer import Encoder, TokenizerComparison, compare_tokenizers
 from pi_convert.verify.tokenizer_reference import ReferenceEncoder
@@ -54,7 +55,7 @@ def verify_folder_tokenizer(
 
     The oracle is the source's: llama.cpp where it is a GGUF, its own files else.
     """
-    folder = own_files(artifact.path)
+    folder = companion_folder(artifact.path)
     if not (folder / _TOKENIZER).is_file():
         reason = f"{folder.name} has no {_TOKENIZER}"
         return LinkResult(LinkName.TOKENIZER, Status.FAILED, reason, cause=reason)

@@ -1,8 +1,4 @@
-"""An ONNX file opened for verification: its tables, and its weights under the source's names.
-
-Weights come in ggml's encodings again, so that every other link is the same code as for GGUF: a
-MatMulNBits weight of block 32 holds Q4_0's, Q4_1's or Q8_0's numbers in another order.
-"""
+"""An ONNX file opened for verification: its tables, and its weights under the source's names."""
 
 from __future__ import annotations
 
@@ -13,29 +9,22 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from converters.architectures import HParams
 from converters.checkpoint import Checkpoint
-from converters.containers.onnx import OnnxFile, OnnxTensor, read_onnx_file
-from converters.encodings import ENCODINGS, F16, F32, Encoding
+from converters.containers.onnx import OnnxFile, OnnxNode, read_onnx_file
 from converters.errors import SourceError
 from converters.rope import RopeParameters
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores
-from pi_convert.runtimes.ort import RUNTIME_PACKAGE, OrtModel, OrtOptions, Tables
+from pi_convert.runtimes.onnx_tables import Tables, right_tables, stored_tables
+from pi_convert.runtimes.ort import RUNTIME_PACKAGE, OrtModel, OrtOptions
 from pi_convert.verify.artifact import Artifact
-from pi_convert.verify.onnx_tables import right_tables
+from pi_convert.verify.onnx_weights import is_second_copy, parts_of, stored_weight
 
-_FLOATS: Mapping[str, Encoding] = {"float32": F32, "float16": F16}
-_BLOCK = 32
-# operator -> which inputs are the cos and the sin table
-_ROTATING = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
-_STANDARD_ROTARY = (1, 2)  # ai.onnx's RotaryEmbedding of opset 23
-_PARTS = ("_codes", "_scales", "_offsets")
-_QUANTIZED = {("u1", 4, False): "q4_0", ("u1", 4, True): "q4_1", ("u1", 8, False): "q8_0"}
-
-Raw = npt.NDArray[np.uint8]
+_NORMS = {
+    "RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +69,15 @@ class OnnxArtifact(Artifact):
         return None
 
     def size_findings(self, expected: HParams) -> Iterator[str]:
-        """Where the attention's head counts are not the source's."""
-        wanted = {"num_heads": expected.heads, "kv_num_heads": expected.kv_heads}
-        for node in self.file.nodes_of("GroupQueryAttention"):
-            for key, value in wanted.items():
-                if node.attributes.get(key) != value:
-                    yield f"{node.name}: {key} is {node.attributes.get(key)}, expected {value}"
-                    return
+        """Where attributes of attention and of norms are not the source's; the first of each."""
+        found: dict[tuple[str, str], str] = {}
+        for node in self.file.nodes:
+            for key, value in expected_attributes(node, expected).items():
+                stored = node.attributes.get(key, _DEFAULTS.get(key))
+                if not _equal(stored, value):
+                    text = f"{node.name}: {key} is {_number(stored)}, expected {_number(value)}"
+                    found.setdefault((node.operator, key), text)
+        yield from found.values()
 
     def environment(self) -> dict[str, str]:
         """ONNX Runtime's settings."""
@@ -96,12 +87,57 @@ class OnnxArtifact(Artifact):
         }
 
 
+# What an attribute means where it is left out: the operators' own defaults.
+_DEFAULTS: Mapping[str, float] = {
+    "epsilon": 1e-5,
+    "scale": 0.0,
+    "softcap": 0.0,
+    "local_window_size": -1,
+    "rotary_interleaved": 0,
+    "interleaved": 0,
+    "is_causal": 0,
+}
+
+
+def expected_attributes(node: OnnxNode, sizes: HParams) -> dict[str, float]:
+    """What a node that attends, rotates or normalises has to say for a model of ``sizes``."""
+    scale = sizes.head_dim**-0.5
+    match node.operator:
+        case "GroupQueryAttention":
+            heads = {"num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
+            plain = {"softcap": 0.0, "local_window_size": -1, "rotary_interleaved": 0}
+            return {**heads, **plain, **_scale(node, scale)}
+        case "Attention":
+            heads = {"q_num_heads": sizes.heads, "kv_num_heads": sizes.kv_heads}
+            return {**heads, "softcap": 0.0, **_scale(node, scale)}
+        case "RotaryEmbedding":
+            return {"interleaved": 0}
+        case operator if operator in _NORMS:
+            return {"epsilon": sizes.norm_eps}
+    return {}
+
+
+def _scale(node: OnnxNode, expected: float) -> dict[str, float]:
+    """Left out or 0, the runtime takes 1 / sqrt(head_dim) itself."""
+    return {"scale": expected} if node.attributes.get("scale") else {}
+
+
+def _equal(stored: object, value: float) -> bool:
+    if not isinstance(stored, int | float):
+        return False
+    return bool(np.float32(stored) == np.float32(value))
+
+
+def _number(value: object) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
 def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> OnnxArtifact:
     """Reads the graph. Raises ``SourceError`` where it is no whole ONNX model."""
     file = read_onnx_file(path)
     tables, problem = None, None
     try:
-        tables = _tables(file)
+        tables = stored_tables(file)
     except SourceError as error:
         problem = error.message
     tensors: dict[str, Tensor] = {}
@@ -109,13 +145,13 @@ def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> O
     used: set[str] = set()
     expected = list(source.architecture.expected_tensors(source.hparams, source.groups))
     for name, _, shape, _ in expected:
-        parts = [file.tensors[f"{name}{s}"] for s in ("", *_PARTS) if f"{name}{s}" in file.tensors]
-        used.update(part.name for part in parts)
-        tensor = _tensor(name, shape, parts)
+        parts = parts_of(name, file.tensors)
+        used.update(part.name for part in parts.values())
+        tensor = stored_weight(name, shape, parts)
         if not parts:
             missing.append(name)
         elif tensor is None:
-            stored = ", ".join(f"{part.dtype.name} {list(part.shape)}" for part in parts)
+            stored = ", ".join(f"{p.dtype.name} {list(p.shape)}" for p in parts.values())
             misshapen.append(f"{name} is {stored}, expected {list(shape)}")
         else:
             tensors[name] = tensor
@@ -149,36 +185,6 @@ def _architecture(file: OnnxFile, source: Checkpoint) -> str:
     return source.architecture.gguf_name if recorded is None else recorded
 
 
-def _tables(file: OnnxFile) -> Tables:
-    pairs = set()
-    for node in file.nodes_of(*_ROTATING):
-        places = _ROTATING[node.operator]
-        if node.operator == "RotaryEmbedding" and len(node.inputs) > _STANDARD_ROTARY[1]:
-            # com.microsoft's takes position_ids second, ai.onnx's last.
-            second = node.inputs[_STANDARD_ROTARY[0]]
-            places = _STANDARD_ROTARY if second in file.tensors else places
-        pair = tuple(node.inputs[i] if i < len(node.inputs) else "" for i in places)
-        if all(pair):
-            pairs.add(pair)
-    if len(pairs) != 1:
-        found = "no cos and sin tables" if not pairs else f"{len(pairs)} pairs of tables"
-        raise SourceError(f"{file.path.name}: {found}, expected one for all layers")
-    ((cos, sin),) = pairs
-    for name in (cos, sin):
-        tensor = file.tensors.get(name)
-        if tensor is None:
-            raise SourceError(f"{file.path.name}: the table {name} is computed, not stored")
-        if tensor.dtype.name not in _FLOATS or len(tensor.shape) != 2 or tensor.shape[0] < 2:
-            raise SourceError(
-                f"{file.path.name}: {name} is {tensor.dtype.name} {list(tensor.shape)}, expected"
-                " float32 or float16 (positions, rotary_dim / 2)"
-            )
-    cos_table, sin_table = file.tensors[cos].read(), file.tensors[sin].read()
-    if cos_table.shape != sin_table.shape or cos_table.dtype != sin_table.dtype:
-        raise SourceError(f"{file.path.name}: {cos} and {sin} are not of one shape and type")
-    return Tables(cos, sin, cos_table, sin_table)
-
-
 def _unexpected(file: OnnxFile, used: set[str], tables: Tables | None) -> Iterator[str]:
     """Large initializers that are no weight of the source; small ones are the graph's own."""
     known = used | ({tables.cos_name, tables.sin_name} if tables else set())
@@ -186,71 +192,7 @@ def _unexpected(file: OnnxFile, used: set[str], tables: Tables | None) -> Iterat
     for name, tensor in file.tensors.items():
         # The embedding's bytes may be named twice, for the gather and for the head.
         again = tensor.file is not None and (tensor.file, tensor.offset) in places
-        if tensor.file is not None and name not in known and not again:
+        if tensor.file is None or name in known or again:
+            continue
+        if not is_second_copy(name, file.tensors):
             yield name
-
-
-def _tensor(name: str, shape: tuple[int, ...], parts: list[OnnxTensor]) -> Tensor | None:
-    """The weight that ``parts`` store; None where they are not of its shape."""
-    if len(parts) == 1 and parts[0].shape == shape and parts[0].dtype.name in _FLOATS:
-        (part,) = parts
-        encoding = _FLOATS[part.dtype.name]
-        return Tensor(name, shape, encoding, lambda start, stop: _float_rows(part, start, stop))
-    if not 2 <= len(parts) <= 3 or len(shape) != 2 or shape[1] % _BLOCK:
-        return None
-    codes, *floats = parts
-    blocks = (shape[0], shape[1] // _BLOCK)
-    if len(codes.shape) != 3 or codes.shape[:2] != blocks or any(f.shape != blocks for f in floats):
-        return None
-    bits = codes.shape[2] * 8 // _BLOCK
-    kind = _QUANTIZED.get((codes.dtype.str[1:], bits, len(floats) == 2))
-    if kind is None or any(part.dtype != np.float32 for part in floats):
-        return None
-    encoding = ENCODINGS[kind]
-    return Tensor(
-        name, shape, encoding, lambda start, stop: _block_rows(parts, encoding, start, stop)
-    )
-
-
-def _float_rows(part: OnnxTensor, start: int, stop: int) -> Raw:
-    values = part.read() if len(part.shape) == 1 else part.read(start, stop)
-    rows = 1 if len(part.shape) == 1 else stop - start
-    raw: Raw = np.ascontiguousarray(values).reshape(rows, -1).view(np.uint8)
-    return raw
-
-
-def _block_rows(parts: list[OnnxTensor], encoding: Encoding, start: int, stop: int) -> Raw:
-    """MatMulNBits' parts back in ggml's order; the inverse of the target's ``split_parts``.
-
-    Offsets o = m + 8 d give m back exactly while they are below 1 in magnitude (m and 8 d are
-    multiples of 2^-24). A scale that float16 does not hold is no ggml block's: it is rounded, and
-    link 2 sees the difference.
-    """
-    codes, scales, *offsets = (part.read(start, stop) for part in parts)
-    rows, blocks = scales.shape
-    columns = [_half(scales)]
-    if offsets:
-        columns.append(_half(offsets[0] - np.float32(8) * scales))
-    if encoding is ENCODINGS["q8_0"]:
-        columns.append(codes ^ np.uint8(0x80))
-    else:
-        low, high = codes & np.uint8(0x0F), codes >> np.uint8(4)
-        ordered = np.stack([low, high], axis=-1).reshape(rows, blocks, _BLOCK)
-        half = _BLOCK // 2
-        columns.append(ordered[:, :, :half] | (ordered[:, :, half:] << np.uint8(4)))
-    raw: Raw = np.concatenate(columns, axis=2).reshape(rows, -1)
-    return raw
-
-
-def _half(values: npt.NDArray[np.float32]) -> Raw:
-    """(rows, blocks) as float16 bytes, uint8 (rows, blocks, 2)."""
-    with np.errstate(over="ignore"):
-        half = np.ascontiguousarray(values.astype(np.float16))
-    raw: Raw = half.view(np.uint8).reshape(*values.shape, 2)
-    return raw
-
-
-def own_files(path: Path) -> Path:
-    """The folder of config.json and the tokenizer: the graph's own, or the one above ``onnx/``."""
-    folder = path.parent
-    return folder.parent if folder.name == "onnx" else folder

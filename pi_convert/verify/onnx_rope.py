@@ -7,22 +7,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from converters.containers.onnx import companion_folder
 from converters.errors import SourceError
 from converters.progress import Progress
 from converters.rope.parameters import FloatArray, RopeParameters, uniform_ratio
 from pi_convert.evaluate.statistics import kl_divergence
 from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
 from pi_convert.runtimes.base import Logits
-from pi_convert.runtimes.ort import Tables
-from pi_convert.runtimes.pytorch import build_rotary, reference_rope
-from pi_convert.verify import gates
-from pi_convert.verify.onnx_artifact import OnnxArtifact, own_files, stored_rope
-from pi_convert.verify.onnx_tables import (
+from pi_convert.runtimes.onnx_tables import (
+    Tables,
     nearest_ulp,
     recovered_frequencies,
     right_tables,
     tolerance,
 )
+from pi_convert.runtimes.pytorch import build_rotary, reference_rope
+from pi_convert.verify import gates
+from pi_convert.verify.onnx_artifact import OnnxArtifact, stored_rope
 from pi_convert.verify.request import Subject
 from pi_convert.verify.rope_result import largest_difference, rope_result
 from pi_convert.verify.verdict import Control, LinkName, LinkResult, Status
@@ -165,7 +166,7 @@ def _folder_findings(
     artifact: OnnxArtifact, subject: Subject, reference: FloatArray
 ) -> Iterator[str]:
     """config.json as transformers reads it, and genai_config.json: what clients go by."""
-    folder, expected = own_files(artifact.path), subject.expected.rope
+    folder, expected = companion_folder(artifact.path), subject.expected.rope
     if (folder / "config.json").is_file():
         yield from _config_findings(str(folder), subject, reference)
     genai = folder / "genai_config.json"

@@ -1,8 +1,9 @@
 """Link 2: every tensor of the source is in the artifact, and nothing else is.
 
 Tensors are compared in Hugging Face's layout, chunk by chunk on a few threads. The oracle of what a
-source's values are in another encoding is gguf-py for float types and libggml for block types.
-A file of another build of libggml cannot be the same in every byte: there each tensor's and each
+source's values are in another encoding is gguf-py for float types, libggml for its block types and
+ONNX Runtime's quantizer for its own.
+A file of another build of them cannot be the same in every byte: there each tensor's and each
 row's error is held against that of quantizing here, and the share of blocks that differ.
 """
 
@@ -18,10 +19,12 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from converters.encodings import Encoding, decode_f32
+from converters import nbits
+from converters.encodings import NBITS, Encoding, decode_f32
 from converters.errors import UnsupportedError
 from converters.ggml import load_ggml
 from converters.progress import Progress
+from converters.rope.gguf import RECORD_PREFIX
 from converters.targets.gguf.metadata import QUANTIZER_KEY
 from converters.tensor import Tensor
 from pi_convert.runtimes.llamacpp import cores
@@ -167,14 +170,18 @@ def _cause(subject: Subject, result: TensorResult) -> str:
     named = name_cause(subject, result.name, result.differing_rows, result.first_row)
     if result.distance is None:
         return named
-    build = _build(subject)
+    build = _build(subject, result.encoding)
     return f"{named}; {result.distance.problem(result.encoding, uses_matrix=build.uses_matrix)}"
 
 
-def _build(subject: Subject) -> Build:
+def _build(subject: Subject, encoding: Encoding) -> Build:
+    """Of the quantizer that made the artifact's tensors of ``encoding``."""
     keys = subject.artifact.record
-    if not subject.artifact.is_quantized:
+    if encoding.is_float:
         return Build(same=True)
+    if encoding in NBITS:
+        recorded = keys.get(f"{RECORD_PREFIX}{nbits.FINGERPRINT_KEY}")
+        return Build(same=recorded == nbits.fingerprint(encode))
     return Build(
         same=keys.get(QUANTIZER_KEY) == load_ggml().fingerprint(),
         uses_matrix=any(key.startswith(_MATRIX_PREFIX) for key in keys),
@@ -202,11 +209,13 @@ def _untied(gguf_name: str) -> str:
 
 def _compare_all(subject: Subject, progress: Progress) -> list[TensorResult]:
     artifact, source = subject.artifact, subject.source
-    build = _build(subject)
     pairs = [(tensor, source.tensors[name]) for name, tensor in artifact.tensors.items()]
+    builds = {tensor.encoding: _build(subject, tensor.encoding) for tensor, _ in pairs}
     results = []
     with ThreadPoolExecutor(min(cores(), os.cpu_count() or 1)) as pool:
-        jobs = pool.map(lambda pair: compare_tensor(pair[0], pair[1], build), pairs)
+        jobs = pool.map(
+            lambda pair: compare_tensor(pair[0], pair[1], builds[pair[0].encoding]), pairs
+        )
         for done, result in enumerate(jobs, start=1):
             results.append(result)
             progress("comparing weights", done, len(pairs))

@@ -46,19 +46,19 @@ def command(model: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def partials(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if path.name != NAME]
+def partials(out: Path, old: str = NAME) -> list[Path]:
+    return [path for path in out.iterdir() if path.name != old]
 
 
 def start_and_signal(
-    model: Path, out: Path, sent: signal.Signals, target: str = "gguf"
+    model: Path, out: Path, sent: signal.Signals, target: str = "gguf", old: str = NAME
 ) -> subprocess.Popen[str]:
     words = [target if word == "gguf" else word for word in command(model, out)]
     if target != "gguf":
         del words[words.index("--quantize") : words.index("--out")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (out.is_dir() and any(map(holds_data, partials(out)))):
+    while not (out.is_dir() and any(map(holds_data, partials(out, old)))):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(model: Path, tmp_path: Path
     assert partials(tmp_path) == []
 
 
-@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+@pytest.mark.parametrize("target", ["gguf", "safetensors", "onnx"])
 def test_ctrl_c_leaves_none_of_the_folders_it_made(
     model: Path, tmp_path: Path, target: str
 ) -> None:
@@ -119,6 +119,22 @@ def test_sigkill_leaves_one_partial_that_the_next_run_removes(model: Path, tmp_p
     subprocess.run(command(model, tmp_path), check=True, capture_output=True)
     assert (tmp_path / NAME).read_bytes()[:4] == b"GGUF"
     assert partials(tmp_path) == []
+
+
+def test_sigkill_leaves_an_old_folder_whole(model: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pi_convert", "export", str(model), "--to", "onnx",
+             "--scale", "8", "--out", str(tmp_path), "--force"]  # fmt: skip
+    subprocess.run(words, check=True, capture_output=True)
+    (folder,) = tmp_path.iterdir()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    process = start_and_signal(model, tmp_path, signal.SIGKILL, "onnx", old=folder.name)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == 2
+    subprocess.run(words, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_limit_on_the_file_size_is_one_clear_error(model: Path, tmp_path: Path) -> None:
@@ -158,6 +174,7 @@ from converters.errors import OutputError
 from converters.sources import open_checkpoint
 from converters.targets.gguf import plan_gguf, write_gguf
 from converters.targets.huggingface import write_folder
+from converters.targets.onnx import plan_onnx, write_onnx
 
 out = Path(sys.argv[2])
 (out / "old.gguf").write_bytes(b"the old file")
@@ -173,7 +190,10 @@ def fill(stage, done, total):
 
 checkpoint = open_checkpoint(sys.argv[1]).interpolate(8.0)
 try:
-    if sys.argv[3] == "gguf":
+    if sys.argv[3] == "onnx":
+        plans = [plan_onnx(checkpoint, name) for name in ("fp32", "int4")]
+        write_onnx(checkpoint, plans, out / "folder", threads=2, progress=fill)
+    elif sys.argv[3] == "gguf":
         plans = plan_gguf(checkpoint, ["f16", "q8_0"], allow_requantize=True)
         write_gguf(checkpoint, plans, out, threads=2, progress=fill)
     else:
@@ -184,7 +204,7 @@ print("left:", sorted(path.name for path in out.iterdir()))
 """
 
 
-@pytest.mark.parametrize("target", ["gguf", "safetensors"])
+@pytest.mark.parametrize("target", ["gguf", "safetensors", "onnx"])
 def test_a_disk_that_fills_up_during_the_run_is_one_clear_error(
     model: Path, tmp_path: Path, target: str
 ) -> None:

@@ -83,7 +83,7 @@ class StandardAttention:
             self.ops, f"{prefix}/Attention",
             (query, key, states.value, self.rows.visible, *states.past), states.present,
             q_num_heads=self.sizes.heads, kv_num_heads=self.sizes.kv_heads,
-            scale=self.sizes.head_dim**-0.5,
+            scale=self.sizes.head_dim**-0.5, softmax_precision=ir.DataType.FLOAT.value,
         )  # fmt: skip
 
     def _rotated(self, prefix: str, states: ir.Value, heads: int) -> ir.Value:

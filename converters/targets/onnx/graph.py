@@ -1,6 +1,8 @@
 """The decoder as an ONNX graph, from the architecture's description alone: nothing is traced.
 
 Hidden states are (batch * sequence, hidden); attention sees (batch, sequence, heads * head_dim).
+In a float16 graph the sum that runs through all layers is float32, and so are its norms: it is the
+sum that outgrows float16 in real models.
 Inputs are input_ids, attention_mask and the past keys and values; positions follow from the mask.
 """
 
@@ -90,7 +92,8 @@ class _Decoder:
     def _embedding(self, ids: ir.Value) -> ir.Value:
         name = "/model/embed_tokens"
         found = self._weights.embedding(name, ids)
-        return self._ops.reshape(f"{name}/Reshape", found, [-1, self._sizes.hidden_size])
+        flat = self._ops.reshape(f"{name}/Reshape", found, [-1, self._sizes.hidden_size])
+        return self._widened(name, flat)
 
     def _projected(
         self, layer: int, normed: ir.Value, rows: Rows, past: Sequence[ir.Value]
@@ -143,8 +146,7 @@ class _Decoder:
         states = rows.restored(ops, normed, last=last)
         head = EMBEDDING if self._sizes.tied_embeddings else HEAD
         flat = self._weights.linear("/lm_head", head.removesuffix(".weight"), states)
-        if self._float is not ir.DataType.FLOAT:
-            flat = ops.cast("/lm_head/Cast", flat, ir.DataType.FLOAT)
+        flat = self._widened("/lm_head", flat)
         shape = rows.sizes.logits_shape(ops, self._sizes.vocab_size, last=last)
         logits = ops("/lm_head/Reshape", "Reshape", flat, shape, outputs=["logits"])
         logits.type = ir.TensorType(ir.DataType.FLOAT)
@@ -153,15 +155,17 @@ class _Decoder:
         return logits
 
     def _norm(self, name: str, weight: str, states: ir.Value) -> ir.Value:
-        return self._ops(
+        normed = self._ops(
             f"{name}/LayerNorm", "RMSNormalization", states, self._weights.value(weight),
             axis=-1, epsilon=self._sizes.norm_eps,
         )  # fmt: skip
+        return self._narrowed(name, normed)
 
     def _add_norm(
         self, name: str, weight: str, states: ir.Value, hidden: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum)."""
+        states = self._widened(name, states)
         if self._options.portable:
             total = self._ops(f"{name}/Add", "Add", states, hidden)
             return self._norm(name, weight, total), total
@@ -172,7 +176,19 @@ class _Decoder:
             domain=MICROSOFT, epsilon=self._sizes.norm_eps,
             outputs=[f"{name}/output_0", "", "", f"{name}/output_3"],
         )  # fmt: skip
-        return normed, total
+        return self._narrowed(name, normed), total
+
+    def _widened(self, name: str, states: ir.Value) -> ir.Value:
+        """Activations as float32."""
+        if self._ops.is_float32:
+            return states
+        return self._ops.cast(f"{name}/Widen", states, ir.DataType.FLOAT)
+
+    def _narrowed(self, name: str, states: ir.Value) -> ir.Value:
+        """Float32 states as activations."""
+        if self._ops.is_float32:
+            return states
+        return self._ops.cast(f"{name}/Narrow", states, self._float)
 
     def _cache(self, prefix: str, length: str, layer: int, kind: str) -> ir.Value:
         sizes = self._sizes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from converters.targets.onnx.ops import MICROSOFT, Ops
 from converters.targets.onnx.plan import EMBEDDING, OnnxPlan, Place
-from converters.targets.onnx.weights import BITS, BLOCK, Q4_1
+from converters.targets.onnx.weights import BITS, CODES, OFFSETS, SCALES, ZERO_POINTS
 
 _TYPES = {"f4": ir.DataType.FLOAT, "f2": ir.DataType.FLOAT16, "u1": ir.DataType.UINT8}
 
@@ -31,42 +31,74 @@ class Weights:
         encoding = self._plan.encodings[EMBEDDING]
         if encoding not in BITS:
             return self._ops(f"{name}/Gather", "Gather", self.value(EMBEDDING), ids)
-        codes, scales = self._plan.places[EMBEDDING]
+        parts = self._parts(EMBEDDING)
         # The bytes of MatMulNBits' codes, as (rows, bytes): on disk they stand once.
-        rows = codes.part.shape[0]
-        table = self._stored(codes, "_flat", (rows, codes.part.size_bytes // rows))
-        return self._ops(
-            f"{name}/Gather", "GatherBlockQuantized", table, ids, self._stored(scales),
-            domain=MICROSOFT, bits=BITS[encoding], block_size=BLOCK,
+        codes = parts[CODES].part
+        flat = (codes.shape[0], codes.size_bytes // codes.shape[0])
+        found = self._ops(
+            f"{name}/Gather", "GatherBlockQuantized",
+            self._stored(parts[CODES], "_flat", flat), ids, *self._scaling(parts),
+            domain=MICROSOFT, bits=BITS[encoding], block_size=encoding.block_elements,
             gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+        return self._offset_rows(name, found, ids, parts[OFFSETS]) if OFFSETS in parts else found
 
     def linear(self, name: str, weight: str, states: ir.Value) -> ir.Value:
         """States (rows, in) times a weight (out, in) transposed, plus its bias where it has one."""
         ops, encoding = self._ops, self._plan.encodings[f"{weight}.weight"]
-        parts = self._plan.places[f"{weight}.weight"]
-        values = [self._stored(place) for place in parts]
         bias = self.value(f"{weight}.bias") if f"{weight}.bias" in self._plan.places else None
         if encoding not in BITS:
-            return ops(f"{name}/MatMul", "Gemm", states, values[0], bias, transB=1)
-        out, blocks, _ = parts[0].part.shape
+            value = self.value(f"{weight}.weight")
+            return ops(f"{name}/MatMul", "Gemm", states, value, bias, transB=1)
+        parts = self._parts(f"{weight}.weight")
+        out, blocks, _ = parts[CODES].part.shape
+        size = encoding.block_elements
+        scales, zeros = [*self._scaling(parts), None][:2]
         product = ops(
-            f"{name}/MatMul", "MatMulNBits", states, *values[:2], None, None, bias,
-            domain=MICROSOFT, K=blocks * BLOCK, N=out, bits=BITS[encoding], block_size=BLOCK,
+            f"{name}/MatMul", "MatMulNBits",
+            states, self._stored(parts[CODES]), scales, zeros, None, bias,
+            domain=MICROSOFT, K=blocks * size, N=out, bits=BITS[encoding], block_size=size,
             accuracy_level=self._accuracy_level,
         )  # fmt: skip
-        if encoding is not Q4_1:
+        if OFFSETS not in parts:
             return product
-        sums = self._block_sum(states, blocks)
-        offset = ops(f"{name}/Offset/MatMul", "Gemm", sums, values[2], transB=1)
-        return ops(f"{name}/Offset/Add", "Add", product, offset)
+        sums = self._block_sum(states, blocks, size)
+        offset = ops(f"{name}/Offset/MatMul", "Gemm", sums, self._stored(parts[OFFSETS]), transB=1)
+        return ops(f"{name}/Offset/Add", "Add", product, self._back(f"{name}/Offset", offset))
 
-    def _block_sum(self, states: ir.Value, blocks: int) -> ir.Value:
-        """(rows, in) -> the sum of each block of 32, (rows, in / 32); made once for each input."""
+    def _parts(self, weight: str) -> dict[str, Place]:
+        return {place.part.suffix: place for place in self._plan.places[weight]}
+
+    def _scaling(self, parts: Mapping[str, Place]) -> list[ir.Value]:
+        """Scales, and zero points where blocks have their own."""
+        return [self._stored(parts[suffix]) for suffix in (SCALES, ZERO_POINTS) if suffix in parts]
+
+    def _offset_rows(self, name: str, found: ir.Value, ids: ir.Value, offsets: Place) -> ir.Value:
+        """Rows of an embedding, (batch, sequence, hidden), each block plus its offset."""
+        ops, name = self._ops, f"{name}/Offset"
+        rows = ops(f"{name}/Gather", "Gather", self._stored(offsets), ids)
+        added = ops(f"{name}/Unsqueeze", "Unsqueeze", rows, ops.constant([3]))
+        blocks = offsets.part.shape[1]
+        split = ops.reshape(f"{name}/Split", found, [0, 0, blocks, -1])
+        total = ops(f"{name}/Add", "Add", split, self._back(name, added))
+        return ops.reshape(f"{name}/Reshape", total, [0, 0, -1])
+
+    def _back(self, name: str, value: ir.Value) -> ir.Value:
+        """A float32 value in the graph's own type."""
+        return (
+            value
+            if self._ops.is_float32
+            else self._ops.cast(f"{name}/Cast", value, self._ops.dtype)
+        )
+
+    def _block_sum(self, states: ir.Value, blocks: int, size: int) -> ir.Value:
+        """(rows, in) -> the float32 sum of each block, (rows, in / size); once for each input."""
         ops, name = self._ops, f"{states.name}/BlockSum"
 
         def make() -> ir.Value:
-            split = ops.reshape(f"{name}/Reshape", states, [-1, blocks, BLOCK])
+            split = ops.reshape(f"{name}/Reshape", states, [-1, blocks, size])
+            if not ops.is_float32:
+                split = ops.cast(f"{name}/Cast", split, ir.DataType.FLOAT)
             return ops(f"{name}/ReduceSum", "ReduceSum", split, ops.constant([2]), keepdims=0)
 
         return ops.once(name, make)

@@ -24,6 +24,11 @@ class Ops:
         self._once: dict[str, ir.Value] = {}
 
     @property
+    def is_float32(self) -> bool:
+        """Whether activations are float32."""
+        return self.dtype is ir.DataType.FLOAT
+
+    @property
     def nodes(self) -> list[ir.Node]:
         """Every node, each after those it takes its inputs from."""
         return list(self._nodes.values())

@@ -12,7 +12,8 @@ import ctypes
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.checkpoint import Checkpoint
-from converters.encodings import F32
+from converters.encodings import F16, F32, Encoding
 from converters.errors import EnvironmentNotReadyError, UnsupportedError
 from converters.targets.onnx.graph import build_graph
+from converters.targets.onnx.notices import notices
 from converters.targets.onnx.options import GraphOptions
 from converters.targets.onnx.plan import COS, SIN, OnnxPlan, plan_onnx
-from converters.targets.onnx.weights import CARRIED
+from converters.targets.onnx.weights import BITS
 from converters.tensor import Tensor
 
 Device = Literal["cpu", "cuda", "web"]
@@ -34,16 +36,26 @@ Device = Literal["cpu", "cuda", "web"]
 TABLE_SHARE_OF_MEMORY = 0.5
 # onnxruntime-web is a 32-bit WebAssembly program (memory32: at most 65,536 pages of 64 KiB).
 WEB_MEMORY_BYTES = 1 << 32
-# What onnxruntime-web takes with transformers.js 4.3.1 on its CPU provider, which holds the kernels
-# of ONNX Runtime's own CPU provider; the com.microsoft nodes of the others ran under its Node twin.
-_WEB_NOTICES = {
-    "fp32": "",
-    "int8": "",
-    "int4": "",
-    "fp16": "in a browser fp16 wants WebGPU with shader-f16, which was not tried; int4 and int8"
-    " run everywhere",
+_WEB_FLOAT16 = (
+    "in a browser float16 wants WebGPU with shader-f16, which was not tried; int4 and int8 run"
+    " everywhere"
+)
+# The instances of the class in libonnxruntime_providers_cuda.so of onnxruntime-gpu 1.31.
+_NO_CUDA_KERNEL = (
+    "its CUDA provider has GroupQueryAttention for float16 and bfloat16 alone, this graph has"
+    " float32 activations"
+)
+_PROVIDERS: Mapping[Device, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "web": "CPUExecutionProvider",  # onnxruntime-web's has the kernels of ONNX Runtime's own
 }
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_HINTS: Mapping[Device, str] = {
+    "cpu": "--portable takes shapes that fused attention does not; --precision fp32 has the fewest"
+    " needs.",
+    "cuda": "Give --precision fp16, int4f16 or int8f16, or --portable.",
+    "web": "--portable takes shapes that fused attention does not.",
+}
 _FATAL_ONLY = 4  # ORT_LOGGING_LEVEL_FATAL: what is refused is told by the exception
 _SMALL = 256  # a multiple of every block that a source may have
 _ROWS = 64
@@ -65,26 +77,34 @@ _COMPUTE = frozenset(
 
 
 def preflight(
-    checkpoint: Checkpoint, plans: Sequence[OnnxPlan], options: GraphOptions, device: Device
+    checkpoint: Checkpoint,
+    plans: Sequence[OnnxPlan],
+    options: GraphOptions,
+    device: Device | None = None,
 ) -> tuple[str, ...]:
-    """What the user should know about running ``plans`` on ``device``; () where all is well.
+    """What the user should know about ``plans`` and about running them on ``device``.
 
-    Raises ``UnsupportedError`` for what cannot run there. A device that this machine lacks cannot
-    be asked, which is one of the notices.
+    Raises ``UnsupportedError`` for what cannot run there, ``EnvironmentNotReadyError`` where the
+    runtime is missing that ``device`` names. Without a ``device`` the CPU is asked; there, and for
+    the web, a missing runtime is a notice, as a missing CUDA device always is. What a target itself
+    refuses (``require_writable``) is not asked again.
     """
-    for plan in plans:
-        require_writable(plan, options)
+    said = [notice for plan in plans for notice in notices(checkpoint, plan, options)]
     if device == "web":
-        return tuple(_web_notices(plans))
-    if device == "cuda" and not _has_cuda_device():
-        return ("no CUDA device here: whether the graph can run on one was not asked",)
-    notices = (_ask(checkpoint, plan, options, device) for plan in plans)
-    return tuple(dict.fromkeys(notice for notice in notices if notice))
+        said += _web_notices(plans)
+    if device == "cuda" and (reason := _no_cuda()) is not None:
+        said += _cuda_notices(plans, options, reason)
+    elif device in (None, "web") and find_spec("onnxruntime") is None:
+        said.append("onnxruntime is not installed: whether it can run the graph was not asked")
+    else:
+        for plan in plans:
+            said += _ask(checkpoint, plan, options, device or "cpu")
+    return tuple(dict.fromkeys(said))
 
 
 def require_writable(plan: OnnxPlan, options: GraphOptions) -> None:
     """Raises ``UnsupportedError`` where ``options`` exclude a plan or its tables fit no memory."""
-    blocks = sorted({e.name for e in plan.encodings.values() if e in CARRIED})
+    blocks = sorted({e.name for e in plan.encodings.values() if e in BITS})
     if options.portable and blocks:
         raise UnsupportedError(
             f"{plan.precision.name}: standard operators have no product with {', '.join(blocks)}"
@@ -132,7 +152,7 @@ def skeleton(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, hparams=small, tensors=tensors, rope=rope)
 
 
-def _encoding(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Any:
+def _encoding(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Encoding:
     found = checkpoint.tensors[name].encoding
     return F32 if shape[-1] % found.block_elements else found
 
@@ -146,21 +166,27 @@ def _small(size: int) -> int:
     return min(size, _SMALL + size % _SMALL)
 
 
-def _ask(checkpoint: Checkpoint, plan: OnnxPlan, options: GraphOptions, device: str) -> str:
+def _ask(
+    checkpoint: Checkpoint, plan: OnnxPlan, options: GraphOptions, device: Device
+) -> Iterator[str]:
+    """Opens and runs the skeleton; a notice where the device's provider does not come up."""
     import onnx_ir as ir
 
     small = skeleton(checkpoint)
-    small_plan = plan_onnx(small, plan.precision.name)
+    small_plan = plan_onnx(small, plan.precision.name, plan.options)
     with tempfile.TemporaryDirectory(prefix="pi-convert-") as folder:
         path = Path(folder) / plan.precision.file_name
         with (Path(folder) / plan.precision.data_name).open("wb") as data:
             data.truncate(small_plan.data_bytes)
         ir.save(build_graph(small, small_plan, options, {}), path)
-        return _try(path, plan, device)
+        asked = _try(path, plan, device)
+    if not asked:
+        reason = f"ONNX Runtime has no working {_PROVIDERS[device]} here"
+        yield from _cuda_notices([plan], options, reason)
 
 
-def _try(path: Path, plan: OnnxPlan, device: str) -> str:
-    """Opens and runs the file at ``path``; a notice where the provider did not come up."""
+def _try(path: Path, plan: OnnxPlan, device: Device) -> bool:
+    """Whether the device's provider took the graph at ``path``; raises where it cannot run it."""
     runtime = _import_runtime()
     settings = runtime.SessionOptions()
     settings.log_severity_level = _FATAL_ONLY
@@ -169,7 +195,7 @@ def _try(path: Path, plan: OnnxPlan, device: str) -> str:
     try:
         session = runtime.InferenceSession(str(path), settings, providers=[provider])
         if session.get_providers()[0] != provider:
-            return f"ONNX Runtime has no working {provider} here: the graph was not tried on it"
+            return False
         strays = sorted(set(_strays(session, provider)))
         for feeds in _steps(session):
             session.run(None, feeds)
@@ -179,14 +205,13 @@ def _try(path: Path, plan: OnnxPlan, device: str) -> str:
         raise _refusal(plan, device, str(error).split("Status Message: ")[-1].strip()) from error
     if strays:
         raise _refusal(plan, device, f"{provider} has no kernel for {', '.join(strays)}")
-    return ""
+    return True
 
 
-def _refusal(plan: OnnxPlan, device: str, reason: str) -> UnsupportedError:
+def _refusal(plan: OnnxPlan, device: Device, reason: str) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.precision.name}: ONNX Runtime here cannot run this graph on {device}: {reason}",
-        hint="--portable takes shapes that fused attention does not; --precision fp32 runs"
-        " anywhere.",
+        hint=_HINTS[device],
     )
 
 
@@ -213,6 +238,14 @@ def _steps(session: Any) -> Iterator[dict[str, npt.NDArray[Any]]]:
         yield feeds
 
 
+def _cuda_notices(plans: Sequence[OnnxPlan], options: GraphOptions, reason: str) -> Iterator[str]:
+    """What is known without asking."""
+    for plan in plans:
+        if plan.precision.activations is F32 and not options.portable:
+            raise _refusal(plan, "cuda", _NO_CUDA_KERNEL)
+    yield f"{reason}: whether the graph can run on CUDA was not asked"
+
+
 def _web_notices(plans: Sequence[OnnxPlan]) -> Iterator[str]:
     for plan in plans:
         name = plan.precision.name
@@ -222,22 +255,25 @@ def _web_notices(plans: Sequence[OnnxPlan]) -> Iterator[str]:
                 f" can address {WEB_MEMORY_BYTES / 2**20:,.0f} MiB",
                 hint="Give --precision int4, or a smaller model.",
             )
-        if _WEB_NOTICES[name]:
-            yield f"{name}: {_WEB_NOTICES[name]}"
+        if plan.precision.activations is F16:
+            yield f"{name}: {_WEB_FLOAT16}"
 
 
-def _has_cuda_device() -> bool:
-    """Asked of the driver: ONNX Runtime lists the provider of its build, device or not."""
+def _no_cuda() -> str | None:
+    """Why CUDA cannot be asked here; None where it can.
+
+    The driver is asked for a device: ONNX Runtime lists the provider of its build, device or not.
+    """
+    count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return bool(
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and count.value > 0
-    )
+        return "no CUDA driver here"
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no CUDA device here"
+    if _PROVIDERS["cuda"] not in _import_runtime().get_available_providers():
+        return "this build of ONNX Runtime has no CUDA provider"
+    return None
 
 
 def _import_runtime() -> Any:

@@ -109,22 +109,37 @@ class _OnnxWriting:
 
     def finish(self, source_hash: str) -> OnnxArtifact:
         target = self.target
+        hashes = self._hashes(
+            {self.folder / GRAPHS / plan.precision.data_name for plan in target.plans}
+        )
         for plan in target.plans:
-            self._write_graph(plan, source_hash)
+            data_hash = hashes[f"{GRAPHS}/{plan.precision.data_name}"]
+            self._write_graph(plan, source_hash, data_hash)
         for name, content in client_files(target.checkpoint, target.plans).items():
             (self.folder / name).write_bytes(content)
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        names = [str(path.relative_to(self.folder)) for path in files]
-        hashes = dict(zip(names, sync_and_hash(files), strict=True))
+        files = {path for path in self.folder.rglob("*") if path.is_file()}
+        hashes |= self._hashes({f for f in files if str(f.relative_to(self.folder)) not in hashes})
         size_bytes = sum(path.stat().st_size for path in files)
-        return OnnxArtifact(target.out, hashes, size_bytes, tuple(target.plans))
+        return OnnxArtifact(
+            target.out, dict(sorted(hashes.items())), size_bytes, tuple(target.plans)
+        )
 
-    def _write_graph(self, plan: OnnxPlan, source_hash: str) -> None:
+    def _hashes(self, files: set[Path]) -> dict[str, str]:
+        """Path inside the folder to SHA-256."""
+        paths = sorted(files)
+        names = [str(path.relative_to(self.folder)) for path in paths]
+        return dict(zip(names, sync_and_hash(paths), strict=True))
+
+    def _write_graph(self, plan: OnnxPlan, source_hash: str, data_hash: str) -> None:
         import onnx_ir as ir
 
         checkpoint = self.target.checkpoint
-        properties = record(checkpoint, plan, source_hash, load_ggml().fingerprint())
-        model = build_graph(checkpoint, plan, self.target.options, properties)
+        options, quantizer = self.target.options, load_ggml().fingerprint()
+        properties = record(
+            checkpoint, plan, options,
+            source_hash=source_hash, data_hash=data_hash, quantizer=quantizer,
+        )  # fmt: skip
+        model = build_graph(checkpoint, plan, options, properties)
         path = self.folder / GRAPHS / plan.precision.file_name
         ir.save(model, path)
         check_graph(path, checkpoint, plan)

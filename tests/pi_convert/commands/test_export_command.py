@@ -24,8 +24,8 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(
 ) -> None:
     (tmp_path / "in").mkdir()
     reference = case.build(tmp_path / "in")
-    code = cli.run(["export", reference, "--to", "gguf", "--to", "safetensors", "--scale", "8",
-                    "--out", str(tmp_path / "out" / "deep")])  # fmt: skip
+    code = cli.run(["export", reference, "--to", "gguf", "--to", "onnx", "--to", "safetensors",
+                    "--scale", "8", "--out", str(tmp_path / "out" / "deep")])  # fmt: skip
     printed = capfd.readouterr()
     assert code == 1
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]

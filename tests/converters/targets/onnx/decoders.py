@@ -111,6 +111,7 @@ class Decoder:
     def __init__(self, path: Path) -> None:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
+        settings.intra_op_num_threads = 1  # more would spin while torch computes the other side
         self._session = onnxruntime.InferenceSession(
             str(path), settings, providers=["CPUExecutionProvider"]
         )

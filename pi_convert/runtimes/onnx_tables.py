@@ -8,19 +8,96 @@ place apart are tried on every row, so a column is either reproduced from first 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from converters.containers.onnx import OnnxFile
+from converters.errors import SourceError
 from converters.rope.parameters import FloatArray
-from pi_convert.runtimes.ort import Tables
 
 _ROWS = 4096  # compared at once
 # float64 cos rounded to float32 and torch's own differ by 6e-8; float16 rounds by 2.4e-4, and by
 # twice that where the float32 values it rounds lie on either side of a middle.
 TABLE_TOLERANCE = {"float32": 1.5e-7, "float16": 5e-4}
 
+# operator -> which inputs are the cos and the sin table
+_ROTATING = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
+_STANDARD_ROTARY = (1, 2)  # ai.onnx's RotaryEmbedding of opset 23
+
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The cos and sin tables of a file and their initializers, (positions, rotary_dim / 2)."""
+
+    cos_name: str
+    sin_name: str
+    cos: npt.NDArray[np.floating]
+    sin: npt.NDArray[np.floating]
+
+    @property
+    def rows(self) -> int:
+        """Positions."""
+        return int(self.cos.shape[0])
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels that are rotated."""
+        return 2 * int(self.cos.shape[1])
+
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by: the attention factor."""
+        return float(self.cos[0].mean(dtype=np.float64))
+
+    def shifted(self, position: int) -> Tables:
+        """Row 0 is ``position``'s; rows before it come last."""
+        cos, sin = np.roll(self.cos, -position, axis=0), np.roll(self.sin, -position, axis=0)
+        return Tables(self.cos_name, self.sin_name, cos, sin)
+
+    def as_mapping(self) -> dict[str, npt.NDArray[np.floating]]:
+        """Initializer name to values."""
+        return {self.cos_name: self.cos, self.sin_name: self.sin}
+
+
+def stored_tables(file: OnnxFile) -> Tables:
+    """The one pair of tables that every rotating node of a graph takes.
+
+    Raises ``SourceError`` where there are none, several, or they are computed in the graph.
+    """
+    pairs = set()
+    for node in file.nodes_of(*_ROTATING):
+        places = _ROTATING[node.operator]
+        if node.operator == "RotaryEmbedding" and len(node.inputs) > _STANDARD_ROTARY[1]:
+            # com.microsoft's takes position_ids second, ai.onnx's last.
+            second = node.inputs[_STANDARD_ROTARY[0]]
+            places = _STANDARD_ROTARY if second in file.tensors else places
+        pair = tuple(node.inputs[i] if i < len(node.inputs) else "" for i in places)
+        if all(pair):
+            pairs.add(pair)
+    if len(pairs) != 1:
+        found = "no cos and sin tables" if not pairs else f"{len(pairs)} pairs of tables"
+        raise SourceError(f"{file.path.name}: {found}, expected one for all layers")
+    ((cos, sin),) = pairs
+    for name in (cos, sin):
+        tensor = file.tensors.get(name)
+        if tensor is None:
+            raise SourceError(f"{file.path.name}: the table {name} is computed, not stored")
+        if (
+            tensor.dtype.name not in TABLE_TOLERANCE
+            or len(tensor.shape) != 2
+            or tensor.shape[0] < 2
+        ):
+            raise SourceError(
+                f"{file.path.name}: {name} is {tensor.dtype.name} {list(tensor.shape)}, expected"
+                " float32 or float16 (positions, rotary_dim / 2)"
+            )
+    cos_table, sin_table = file.tensors[cos].read(), file.tensors[sin].read()
+    if cos_table.shape != sin_table.shape or cos_table.dtype != sin_table.dtype:
+        raise SourceError(f"{file.path.name}: {cos} and {sin} are not of one shape and type")
+    return Tables(cos, sin, cos_table, sin_table)
 
 
 def tolerance(tables: Tables) -> float:
