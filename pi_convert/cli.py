@@ -27,6 +27,11 @@ except KeyboardInterrupt:
 COMMANDS = {
     "export": "Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.",
     "verify": "Prove that an artifact is its source with the expected RoPE.",
+    "perplexity": "Perplexity over a sliding window, the same tokens scored at every context.",
+    "passkey": "Retrieve a passkey from ever farther back, as the paper does.",
+    "compare": "Compare two models on the same tokens: KL, agreement, paired NLL.",
+    "probe": "Tell from the weights which factor a checkpoint was tuned with.",
+    "bound": "Bound attention scores, interpolated and extrapolated, by the paper's theorem.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
     "check": "Audit a GGUF file of any architecture, or an ONNX file or folder of any tool.",
     "fix": "Repair a GGUF file's RoPE metadata; tensor bytes stay untouched.",

@@ -30,6 +30,22 @@ def unpack_llama_cpp(cache: Path = CACHE) -> Path:
     return vendored
 
 
+def build_llama_perplexity(cache: Path = CACHE) -> Path:
+    """llama-perplexity of that llama.cpp; built once, which takes some minutes."""
+    version = importlib.metadata.version("llama-cpp-python")
+    build = cache / f"llama-perplexity-{version}"
+    tool = build / "bin" / "llama-perplexity"
+    if not tool.is_file():
+        flags = [f"-DLLAMA_{name}=OFF" for name in
+                 ("BUILD_SERVER", "BUILD_TESTS", "BUILD_EXAMPLES", "CURL", "OPENSSL")]  # fmt: skip
+        source = unpack_llama_cpp(cache)
+        configure = ["cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        make = ["cmake", "--build", build, "--target", "llama-perplexity", "--parallel"]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+    return tool
+
+
 def mistral_common_data(cache: Path = CACHE) -> Path:
     """The tokenizers in mistral-common's wheel: SentencePiece models and Tekken files."""
     folder = cache / f"mistral_common-{MISTRAL_COMMON}"

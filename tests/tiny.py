@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from converters.architectures import HParams, architectures
 from converters.architectures.hparams import write_config_hparams
+from converters.checkpoint import Checkpoint
 
 VOCABULARY = 512
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -172,6 +173,15 @@ def tiny_tokenizer(pre: str = "smollm") -> dict[str, str]:
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
+
+
+def write_tiny_onnx(checkpoint: Checkpoint, folder: Path, precision: str = "fp32") -> Path:
+    """The graph of an ONNX folder of ``checkpoint``."""
+    from converters.targets.onnx import plan_onnx, write_onnx
+
+    write_onnx(checkpoint, [plan_onnx(checkpoint, precision)], folder)
+    (graph,) = folder.glob("**/*.onnx")
+    return graph
 
 
 def with_context(shape: Shape, context: int) -> Shape:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pi_convert.commands._measuring import report_option, require_report, write_page
 from pi_convert.commands.options import (
     PATH,
     json_option,
@@ -116,13 +117,17 @@ class VerifyOptions:
 )
 @original_context_option
 @revision_option
+@report_option
 @json_option
 def command(
+    *,
     artifact: Path,
     against: str | None,
     scale: float | None,
     original_context: int | None,
     revision: str | None,
+    report: Path | None,
+    force: bool,
     as_json: bool,
     **flags: Any,
 ) -> int:
@@ -147,7 +152,9 @@ def command(
     from pi_convert.defaults import ResolvedModel, recorded_source
     from pi_convert.report.console import emit, emit_json
     from pi_convert.report.verdict import verdict_text
+    from pi_convert.report.verdict_page import verdict_page
 
+    require_report(report, force=force)
     files = artifact_files(artifact, options.runtime)
     source = ResolvedModel(against, f"against: {against}") if against else recorded_source(files[0])
     if not as_json:
@@ -163,6 +170,8 @@ def command(
     if as_json:
         several = {"verdicts": [verdict.to_json() for verdict in verdicts]}
         emit_json(several if verdicts[1:] else verdicts[0].to_json())
+    if report is not None:
+        write_page(verdict_page(verdicts), report, force=force)
     return max(verdict.outcome.exit_code for verdict in verdicts)
 
 

@@ -18,17 +18,36 @@ _ROWS = 32  # positions in float64 at once: 32 x 128,256 x 8 B is 31 MiB
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
-def kl_divergence(p: Logits, q: Logits) -> Vector:
-    """KL(p || q) at every position, float64 (positions,); never below 0.
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two models' predictions position by position, float64 (positions,)."""
 
-    ``p`` and ``q`` are logits (positions, vocabulary); not finite gives not finite.
+    kl: Vector  # KL(p || q), never below 0
+    nll_p: Vector  # of the token that follows; nan where none does
+    nll_q: Vector
+    same_top: npt.NDArray[np.bool_]  # whether both rank the same token first
+
+
+def compare_positions(p: Logits, q: Logits, following: npt.NDArray[np.int32]) -> Pair:
+    """Logits (positions, vocabulary) of two models compared; not finite gives not finite.
+
+    ``following`` is the token after each position, -1 where there is none.
     """
-    out = np.empty(len(p), dtype=np.float64)
+    kl, nll_p, nll_q = (np.empty(len(p), dtype=np.float64) for _ in range(3))
     for start in range(0, len(p), _ROWS):
         rows = slice(start, start + _ROWS)
-        log_p, log_q = _log_softmax(p[rows]), _log_softmax(q[rows])
-        out[rows] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
-    return np.maximum(out, 0.0)
+        log_p, log_q, ids = _log_softmax(p[rows]), _log_softmax(q[rows]), following[rows]
+        chosen = np.arange(len(ids)), np.maximum(ids, 0)
+        nll_p[rows] = np.where(ids >= 0, -log_p[chosen], np.nan)
+        nll_q[rows] = np.where(ids >= 0, -log_q[chosen], np.nan)
+        np.subtract(log_p, log_q, out=log_q)
+        kl[rows] = np.einsum("ij,ij->i", np.exp(log_p, out=log_p), log_q)
+    return Pair(np.maximum(kl, 0.0), nll_p, nll_q, p.argmax(axis=1) == q.argmax(axis=1))
+
+
+def kl_divergence(p: Logits, q: Logits) -> Vector:
+    """KL(p || q) at every position, float64 (positions,); see ``compare_positions``."""
+    return compare_positions(p, q, np.full(len(p), -1, dtype=np.int32)).kl
 
 
 def negative_log_likelihood(logits: Logits, following: npt.NDArray[np.int32]) -> Vector:
@@ -37,8 +56,10 @@ def negative_log_likelihood(logits: Logits, following: npt.NDArray[np.int32]) ->
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
         ids = following[rows]
-        log_p = _log_softmax(logits[rows])
-        out[rows] = np.where(ids >= 0, -log_p[np.arange(len(ids)), np.maximum(ids, 0)], np.nan)
+        wide = logits[rows].astype(np.float64)
+        wide -= wide.max(axis=1, keepdims=True)
+        chosen = wide[np.arange(len(ids)), np.maximum(ids, 0)]
+        out[rows] = np.where(ids >= 0, np.log(np.exp(wide, out=wide).sum(axis=1)) - chosen, np.nan)
     return out
 
 
@@ -83,6 +104,16 @@ def clustered_mean(values: Vector, cluster: npt.NDArray[np.int32]) -> Mean:
     return Mean(mean, float(np.sqrt(variance)), len(values), count)
 
 
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a success rate (Wilson 1927); 0 to 1 without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, weight = successes / trials, Z95**2 / trials
+    middle = (rate + weight / 2) / (1 + weight)
+    half = Z95 / (1 + weight) * np.sqrt(rate * (1 - rate) / trials + weight / (4 * trials))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
 @dataclass(slots=True)
 class Comparison:
     """Position by position, one model (p) against another (q), gathered chunk after chunk."""
@@ -100,11 +131,10 @@ class Comparison:
         document: npt.NDArray[np.int32],
     ) -> None:
         """Adds the positions of one chunk."""
-        self.kl.append(kl_divergence(p, q))
-        self.nll_difference.append(
-            negative_log_likelihood(p, following) - negative_log_likelihood(q, following)
-        )
-        self.same_top.append(p.argmax(axis=1) == q.argmax(axis=1))
+        pair = compare_positions(p, q, following)
+        self.kl.append(pair.kl)
+        self.nll_difference.append(pair.nll_p - pair.nll_q)
+        self.same_top.append(pair.same_top)
         self.document.append(document)
 
     @property

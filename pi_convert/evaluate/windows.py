@@ -15,6 +15,9 @@ from pi_convert.runtimes.base import CHUNK_TOKENS, Logits, Session, Tokens
 # Where logits are wanted: 128 x 151,936 x 4 B is 74 MiB for each of up to nine runs in lockstep.
 SCORED_CHUNK_TOKENS = 128
 
+# With a single run: so many bytes of logits at once.
+_SINGLE_RUN_BYTES = 128 << 20
+
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -50,6 +53,7 @@ class Window:
     stream: TokenStream
     position: int
     scored_from: int  # position
+    feeds_last: bool = True  # False: the last token is only predicted
 
     @property
     def tokens(self) -> int:
@@ -59,7 +63,12 @@ class Window:
     @property
     def scored(self) -> int:
         """How many positions are scored."""
-        return self.position + self.tokens - self.scored_from
+        return self.position + self.fed - self.scored_from
+
+    @property
+    def fed(self) -> int:
+        """How many tokens a session is fed."""
+        return self.tokens if self.feeds_last else self.tokens - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +97,36 @@ def encode_documents(
     return TokenStream(np.concatenate(tokens), np.concatenate(numbers))
 
 
+def scored_chunk_alone(vocabulary: int) -> int:
+    """How many positions to score at once where one session runs alone, at most a chunk."""
+    return max(1, min(CHUNK_TOKENS, _SINGLE_RUN_BYTES // (4 * vocabulary)))
+
+
 def in_lockstep(
-    window: Window, sessions: Sequence[Session], stage: str, progress: Progress = silent
+    window: Window,
+    sessions: Sequence[Session],
+    stage: str,
+    progress: Progress = silent,
+    *,
+    scored_chunk: int = SCORED_CHUNK_TOKENS,
 ) -> Iterator[Chunk]:
     """Feeds ``window`` to every session chunk by chunk and yields the scored positions.
 
-    A chunk never straddles ``scored_from``, so logits are asked for only where they are scored.
+    A chunk never straddles ``scored_from``, so logits are asked for only where they are scored,
+    ``scored_chunk`` positions at a time.
     """
     stream, start = window.stream, 0
     lead = window.scored_from - window.position
-    while start < window.tokens:
+    while start < window.fed:
         wanted = start >= lead
-        stop = (
-            min(start + SCORED_CHUNK_TOKENS, window.tokens)
-            if wanted
-            else min(start + CHUNK_TOKENS, lead)
-        )
+        stop = min(start + scored_chunk, window.fed) if wanted else min(start + CHUNK_TOKENS, lead)
         tokens = np.ascontiguousarray(stream.tokens[start:stop])
         logits = []
         for session in sessions:
             out = session.feed(tokens, position=window.position + start, logits=wanted)
             if out is not None:
                 logits.append(out)
-        progress(stage, stop, window.tokens)
+        progress(stage, stop, window.fed)
         if wanted:
             following = np.append(stream.tokens[start + 1 : stop + 1], [-1])[: stop - start]
             document = np.append(stream.document[start + 1 : stop + 1], [-1])[: stop - start]

@@ -21,10 +21,17 @@ def verdict_text(verdict: Verdict) -> str:
         "",
         *(_link(number, link) for number, link in enumerate(verdict.links, start=1)),
         "",
-        f"{_OUTCOMES[verdict.outcome]} ({verdict.preset}) in {verdict.seconds:.0f} s"
-        f"{_reason(verdict)}",
+        outcome_text(verdict),
     ]
     return "\n".join(parts)
+
+
+def outcome_text(verdict: Verdict) -> str:
+    """The outcome, and the links that it comes from."""
+    return (
+        f"{_OUTCOMES[verdict.outcome]} ({verdict.preset}) in {verdict.seconds:.0f} s"
+        f"{_reason(verdict)}"
+    )
 
 
 def _link(number: int, link: LinkResult) -> str:

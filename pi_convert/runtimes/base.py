@@ -49,6 +49,14 @@ class Session(Protocol):
         """
         ...
 
+    def keep(self, count: int) -> int:
+        """Forgets all but the first ``count`` tokens; returns how many are left.
+
+        None are left where a cache cannot be cut, and after ``keep(0)``: then the next chunk may
+        start anywhere.
+        """
+        ...
+
     def close(self) -> None:
         """Frees the cache."""
         ...

@@ -151,10 +151,13 @@ class LlamaCppSession(Closing):
                 hint="Free some memory or give another --kv-cache-type.",
             )
         self._batch = api.llama_batch_init(params.n_batch, 0, 1)
+        self._first: int | None = None  # position
 
     def feed(self, tokens: Tokens, *, position: int, logits: bool) -> Logits | None:
         """See ``Session.feed``. Raises ``SourceError`` where llama.cpp refuses the tokens."""
         api, count = _library(), len(tokens)
+        if self._first is None:
+            self._first = position
         batch = self._batch
         batch.n_tokens = count
         np.ctypeslib.as_array(batch.token, (count,))[:] = tokens
@@ -173,6 +176,17 @@ class LlamaCppSession(Closing):
             return None
         out = api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(out, (count, self._owner.vocabulary)).copy()
+
+    def keep(self, count: int) -> int:
+        """See ``Session.keep``."""
+        api = _library()
+        memory = api.llama_get_memory(self._context)
+        stop = None if self._first is None or count == 0 else self._first + count
+        if stop is not None and api.llama_memory_seq_rm(memory, 0, stop, -1):
+            return count
+        api.llama_memory_clear(memory, True)
+        self._first = None
+        return 0
 
     def close(self) -> None:
         """Frees the cache."""

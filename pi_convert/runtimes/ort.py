@@ -174,6 +174,16 @@ class OrtSession(Closing):
         self._fed = total
         return np.asarray(found.numpy()[0], np.float32) if logits else None
 
+    def keep(self, count: int) -> int:
+        """See ``Session.keep``."""
+        if count == 0:
+            self._first, self._past = None, {}
+        for name, value in self._past.items():
+            cut = np.ascontiguousarray(value.numpy()[:, :, :count])
+            self._past[name] = import_runtime().OrtValue.ortvalue_from_numpy(cut, self._device, 0)
+        self._fed = count
+        return count
+
     def close(self) -> None:
         """Frees the cache."""
         self._past = {}

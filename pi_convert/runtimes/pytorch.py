@@ -130,10 +130,20 @@ class TorchSession(Closing):
         context_tokens: int,
         rounded: Mapping[str, Encoding] | None = None,
     ) -> None:
+        self._model, self._rotary, self._rounded = model, rotary, rounded
+        self._context_tokens = context_tokens
+        self.keep(0)
+
+    def keep(self, count: int) -> int:
+        """See ``Session.keep``."""
         from pi_convert.runtimes.reserved_cache import reserve
 
-        self._model, self._rotary, self._rounded = model, rotary, rounded
-        self._cache = reserve(model.config.num_hidden_layers, context_tokens)
+        if count == 0:
+            self._cache = reserve(self._model.config.num_hidden_layers, self._context_tokens)
+        else:
+            for layer in self._cache.layers:
+                layer.keep(count)
+        return count
 
     def feed(self, tokens: Tokens, *, position: int, logits: bool) -> Logits | None:
         """See ``Session.feed``."""

@@ -38,6 +38,12 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[..., :stop, :] for room in self._room)
         return self.keys, self.values
 
+    def keep(self, count: int) -> None:
+        """Forgets all but the first ``count`` tokens."""
+        if self._room is None or count > self.keys.shape[-2]:
+            raise ValueError(f"{count} tokens to keep, which were not fed")
+        self.keys, self.values = (room[..., :count, :] for room in self._room)
+
 
 def reserve(layers: int, capacity_tokens: int) -> Any:
     """An empty cache for so many layers and tokens."""

@@ -20,6 +20,7 @@ from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
 from pi_convert.runtimes.base import Runtime, Session
 from pi_convert.runtimes.pytorch import TorchModel, decodes_independently
 from pi_convert.verify import gates
+from pi_convert.verify.kl_series import kl_series
 from pi_convert.verify.request import Subject
 from pi_convert.verify.verdict import Control, LinkName, LinkResult, Preset, Status
 
@@ -229,6 +230,7 @@ def judge(
         },
         controls,
         notes=_notes(subject),
+        series=kl_series(subject.expected.rope, execution, windows),
     )
     if over := {name: kl for name, kl in right.items() if not kl <= gate}:
         summary = f"{runtime} and torch differ: {_largest(over)}, at most {gate:.2g} allowed"

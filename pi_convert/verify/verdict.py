@@ -64,6 +64,18 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class Series:
+    """KL by position in one window, in nats a token: what a report draws."""
+
+    name: str
+    window: str
+    positions: tuple[int, ...]  # the middle of each bin
+    values: tuple[float, ...]
+    is_control: bool = False
+    marks: tuple[tuple[float, str], ...] = ()  # L and L'
+
+
+@dataclass(frozen=True, slots=True)
 class LinkResult:
     """One link: what was measured, the controls beside it, and the cause where it failed.
 
@@ -78,6 +90,7 @@ class LinkResult:
     cause: str | None = None
     findings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    series: tuple[Series, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,16 @@ def _link_json(link: LinkResult) -> dict[str, object]:
         "cause": link.cause,
         "findings": list(link.findings),
         "notes": list(link.notes),
+        "series": [
+            {
+                "name": s.name,
+                "window": s.window,
+                "control": s.is_control,
+                "positions": list(s.positions),
+                "values": [_json_number(value) for value in s.values],
+            }
+            for s in link.series
+        ],
     }
 
 

@@ -300,6 +300,7 @@ def test_the_verdict_is_json_of_a_stated_version(export: Exporter, tmp_path: Pat
         ]  # fmt: skip
         assert set(again["links"][0]) == {
             "name", "status", "summary", "measures", "controls", "cause", "findings", "notes",
+            "series",
         }  # fmt: skip
 
 

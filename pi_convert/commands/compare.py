@@ -1,0 +1,145 @@
+"""``pi-convert compare``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pi_convert.commands._measuring import (
+    RunOptions,
+    read_texts,
+    report_option,
+    require_report,
+    run_options,
+    runtime_option,
+    text_option,
+    write_page,
+)
+from pi_convert.commands.options import (
+    json_option,
+    original_context_option,
+    revision_option,
+    scale_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pi_convert.evaluate.models import Model
+    from pi_convert.evaluate.texts import Document
+    from pi_convert.report.compare import CompareReport
+
+_DEFAULT_CONTEXT = 1024
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens of each document, from its start. Default: 1024, or L' where that is less.",
+)
+@click.option(
+    "--documents",
+    type=click.IntRange(min=0),
+    default=8,
+    metavar="N",
+    help="Documents, spread evenly over the texts; 0: every one. Default: 8.",
+)
+@text_option
+@click.option("--extrapolate", is_flag=True, help="Allow a context past L'.")
+@scale_option(required=False, help="Interpolate what torch runs, without fine-tuning.")
+@runtime_option("--runtime-a", "A, a GGUF file")
+@runtime_option("--runtime-b", "B, a GGUF file")
+@original_context_option
+@revision_option
+@run_options
+@report_option
+@json_option
+def command(
+    *,
+    a: str,
+    b: str,
+    context: int | None,
+    documents: int,
+    texts: tuple[Path, ...],
+    extrapolate: bool,
+    scale: float | None,
+    runtime_a: str | None,
+    runtime_b: str | None,
+    original_context: int | None,
+    revision: str | None,
+    report: Path | None,
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Compare two models on the same tokens: KL, agreement, paired NLL.
+
+    A and B are any two of sources and artifacts (folders, GGUF and ONNX files, hub ids), each in
+    its own runtime, in lockstep: no logits are stored. KL(A || B) and the change of NLL come with
+    95 % intervals clustered by document, and KL by position.
+
+    \b
+    Examples:
+      pi-convert compare model-PI8-Q4_K_M.gguf ./model --scale 8
+      pi-convert compare model.gguf model.gguf --runtime-b pytorch --context 4096
+    """
+    from pi_convert.commands._models import Opening, open_models, require_contexts
+    from pi_convert.report.compare import compare_text
+    from pi_convert.report.compare_page import compare_page
+    from pi_convert.report.console import emit, emit_json
+
+    require_report(report, force=force)
+    run = RunOptions(**flags)
+    models = open_models(
+        [
+            (name, Opening(run, scale, runtime, revision, original_context))
+            for name, runtime in ((a, runtime_a), (b, runtime_b))
+        ]
+    )
+    if context is None:
+        context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
+    require_contexts(models, context, extrapolate=extrapolate)
+    found = _compare(models, read_texts(texts), (context, documents), run)
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        emit(compare_text(found))
+    if report is not None:
+        write_page(compare_page(found), report, force=force)
+
+
+def _compare(
+    models: Sequence[Model], texts: Sequence[Document], size: tuple[int, int], run: RunOptions
+) -> CompareReport:
+    """``size`` is (context in tokens, documents)."""
+    import contextlib
+
+    from pi_convert.evaluate.compare import compare, document_windows
+    from pi_convert.evaluate.cost import measure_speed
+    from pi_convert.evaluate.models import require_same_tokens, require_vocabulary
+    from pi_convert.evaluate.wording import duration
+    from pi_convert.report.compare import CompareReport
+    from pi_convert.report.console import progress
+    from pi_convert.report.provenance import environment
+
+    runs = require_same_tokens(models, texts)
+    windows = document_windows(runs, *size)
+    with progress() as tell, contextlib.ExitStack() as stack:
+        loaded = [stack.enter_context(contextlib.closing(m.load(tell))) for m in models]
+        for model, runtime in zip(models, loaded, strict=True):
+            require_vocabulary(model, runtime, runs)
+        seconds = sum(
+            measure_speed(model, runtime).of(windows)
+            for model, runtime in zip(models, loaded, strict=True)
+        )
+        click.echo(f"cost: about {duration(seconds)}", err=True)
+        paired = compare(loaded[0], loaded[1], windows, tell)
+    a, b = models
+    return CompareReport(a, b, paired, environment((a.runtime, b.runtime), asdict(run)))

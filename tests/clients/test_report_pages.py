@@ -1,0 +1,93 @@
+"""Report pages in headless Chromium: narrow and wide, light and dark."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pi_convert.report.html import html_page
+from tests.pi_convert.report.pages import REPORT
+
+pytestmark = pytest.mark.client
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "google-chrome")) if p), None)
+# What a reader would see, told by the page itself once it is laid out.
+PROBE = """<script>
+const seen = query => [...document.querySelectorAll(query)].filter(e => e.getClientRects().length);
+const shown = seen('.wide svg, .narrow svg');
+const colour = e => getComputedStyle(e).color;
+const scale = s => s.getBoundingClientRect().width / s.viewBox.baseVal.width;
+const ink = seen('svg .line');
+parent.document.body.dataset.seen = JSON.stringify({
+  width: innerWidth, content: document.documentElement.scrollWidth,
+  background: getComputedStyle(document.body).backgroundColor, text: colour(document.body),
+  charts: shown.length, scales: shown.map(scale),
+  spill: shown.flatMap(s => [...s.querySelectorAll('text')].filter(t => {
+    const a = t.getBoundingClientRect(), b = s.getBoundingClientRect();
+    return a.left < b.left - 1 || a.right > b.right + 1 || a.bottom > b.bottom + 1;
+  }).map(t => t.textContent)),
+  strokes: [...new Set(ink.map(e => getComputedStyle(e).stroke))],
+  headline: document.querySelector('.headline').getBoundingClientRect().top,
+});
+</script>"""
+
+
+def look(folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
+    """What the page says of itself at a width, in light or dark.
+
+    In a frame: headless Chromium's own window is never narrower than 500 pixels.
+    """
+    assert CHROMIUM is not None
+    page = html_page(REPORT).replace("</body>", f"{PROBE}</body>")
+    frame = folder / "frame.html"
+    frame.write_text(
+        f'<!doctype html><meta charset="utf-8"><body><iframe style="border:0;width:{width}px;'
+        f'height:900px" srcdoc="{html.escape(page)}"></iframe></body>',
+        "utf-8",
+    )
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+         "--window-size=1400,900", "--dump-dom", frame.as_uri()],
+        check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert found is not None, done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return seen
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2's relative luminance of rgb(r, g, b)."""
+    channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_page_fits_and_can_be_read(width: int, dark: bool, tmp_path: Path) -> None:
+    seen = look(tmp_path, width, dark=dark)
+    assert seen["width"] == width
+    assert seen["content"] <= width  # nothing to scroll sideways
+    assert seen["charts"] == 2  # of each drawn twice, the one that fits
+    assert all(0.9 <= scale <= 1.3 for scale in seen["scales"])  # text keeps its size
+    assert seen["spill"] == []
+    assert seen["headline"] < 300
+    assert (luminance(seen["background"]) < 0.1) == dark
+    assert contrast(seen["text"], seen["background"]) >= 7
+    assert len(seen["strokes"]) == 2
+    assert all(contrast(stroke, seen["background"]) >= 4.5 for stroke in seen["strokes"])

@@ -1,0 +1,123 @@
+"""A stripped factor is found from the weights; a model without one gives none."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from converters.errors import SourceError
+from pi_convert import cli
+from pi_convert.evaluate.probe import FACTORS, probe_windows
+from pi_convert.evaluate.windows import TokenStream
+from tests.tiny import Shape, write_tiny
+
+SMALL = Shape(hidden=64, intermediate=128, layers=1, heads=4, kv_heads=2, head_dim=16, context=32)
+PERIOD, WINDOW, STEPS, RATE = 12, 96, 250, 1e-2
+
+
+def periodic(seed: int, count: int) -> str:
+    """Digits that repeat: after one period each is known, to a model that looks 12 back."""
+    block = "".join(random.Random(seed).choices("0123456789", k=PERIOD))
+    return (block * (count // PERIOD + 1))[:count]
+
+
+def train(folder: Path, factor: float) -> Path:
+    """A model trained with ``factor`` whose config does not say so; its L is 32."""
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_tiny(folder, shape=SMALL)
+    config = AutoConfig.from_pretrained(folder)
+    if factor != 1:
+        config.rope_parameters = {"rope_type": "linear", "factor": factor, "rope_theta": 1e4}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(STEPS):
+        texts = [periodic(1000 + 8 * step + i, WINDOW) for i in range(8)]
+        ids = torch.tensor([one.ids for one in tokenizer.encode_batch(texts)])
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("periodic")
+    for seed in range(4):
+        (folder / f"{seed}.txt").write_text(periodic(seed, 400))
+    return [f"--text={path}" for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("factor", [3.0, 6.0])
+def test_a_stripped_factor_is_found(
+    factor: float, texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tmp_path / "Stripped", factor)
+    assert cli.run(["probe", str(folder), *texts, "--threads", "1", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["factor"] == found["best"] == factor
+    assert found["stated_factor"] == 1
+    assert found["told_apart"]
+    assert found["gain_over_factor_1"]["interval"][0] > 0.5
+    assert [tried["factor"] for tried in found["tried"]] == list(FACTORS)
+    past = {t["factor"]: t["nll_past"] for t in found["tried"] if t["nll_past"] is not None}
+    assert past[factor] < past[1]
+    # A config that says another factor is contradicted, and one that says this is agreed with.
+    config = json.loads((folder / "config.json").read_text())
+    for stated, says in ((factor, "says the same"), (4.0, "DOES NOT AGREE")):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": stated}
+        (folder / "config.json").write_text(json.dumps(config))
+        words = ["--original-context", "32", "--threads", "1"]
+        assert cli.run(["probe", str(folder), *texts, *words]) == 0
+        text = capfd.readouterr().out
+        assert f"Factor {factor:g} stands out" in text
+        assert says in text
+
+
+def test_an_untuned_model_has_none(
+    texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tmp_path / "Base", 1.0)
+    assert cli.run(["probe", str(folder), *texts, "--threads", "1"]) == 0
+    text = capfd.readouterr().out
+    assert "No factor stands out: no scaling predicts the text better than factor 1 does." in text
+
+
+def test_random_weights_have_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        folder = write_tiny(tmp_path / str(seed), seed=seed)
+        assert cli.run(["probe", str(folder), "--threads", "1", "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["factor"] is None
+        assert "no better than by chance" in found["reason"]
+
+
+def run_of(count: int, number: int = 0) -> TokenStream:
+    tokens = np.arange(count, dtype=np.int32)
+    return TokenStream(tokens, np.full(count, number, np.int32))
+
+
+def test_windows_lie_below_l_and_one_across_it() -> None:
+    windows = probe_windows([run_of(5000), run_of(300, 1)], 1024)
+    assert len(windows.below) == 8  # of 20, of 256 tokens
+    assert all((w.tokens, w.scored) == (256, 127) for w in windows.below)
+    assert (windows.past.fed, windows.past.scored_from) == (1024 + 256, 1024)
+    short = probe_windows([run_of(40), run_of(40, 1), run_of(60, 2)], 64)  # joined
+    assert [w.tokens for w in short.below] == [64, 64]
+
+
+def test_a_text_of_less_than_two_windows_is_refused() -> None:
+    with pytest.raises(SourceError, match="the text has 100 tokens, and at least 128 are needed"):
+        probe_windows([run_of(60), run_of(40, 1)], 64)
