@@ -35,6 +35,7 @@ class Artifact:
 
     runtime_name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]  # of its runtime
+    keeps_row_order: ClassVar[bool]  # of queries and keys, whatever RoPE pairs: Hugging Face's
 
     @property
     def is_ours(self) -> bool:

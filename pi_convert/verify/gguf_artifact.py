@@ -42,6 +42,7 @@ class GgufArtifact(Artifact):
 
     runtime_name: ClassVar[str] = "llama.cpp"
     packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
+    keeps_row_order: ClassVar[bool] = False
 
     @property
     def claimed_factor(self) -> float | None:

@@ -67,6 +67,9 @@ def _permutation(subject: Subject, found: Tensor, source: Tensor) -> str | None:
     count = heads.get(parts[-2] if len(parts) > 1 else "", 0)
     if not count:
         return None
+    if subject.artifact.keeps_row_order:
+        turned = _alike(deinterleave_rope(found, count), source)
+        return "has its rows interleaved, as llama.cpp alone wants them" if turned else None
     interleaved = subject.source.architecture.rope_pairing == "interleaved"
     # ``found`` was put back into Hugging Face's order; this is what the file itself has.
     stored = interleave_rope(found, count) if interleaved else deinterleave_rope(found, count)

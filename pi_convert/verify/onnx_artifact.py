@@ -37,6 +37,7 @@ class OnnxArtifact(Artifact):
 
     runtime_name: ClassVar[str] = "ONNX Runtime"
     packages: ClassVar[tuple[str, ...]] = ("onnx", RUNTIME_PACKAGE)
+    keeps_row_order: ClassVar[bool] = True
 
     @property
     def claimed_factor(self) -> float | None:

@@ -265,7 +265,7 @@ FAULTS = (
     OnnxFault("attention factor", _amplitude, "rope", r"the tables are multiplied by 0\."),
     OnnxFault("config.json lost its scaling", _config, "rope", "config.json gives transformers"),
     OnnxFault("context_length", _context, "rope", "genai_config.json says context_length"),
-    OnnxFault("q and k interleaved", _interleaved, "weights", "order|rows"),
+    OnnxFault("q and k interleaved", _interleaved, "weights", "has its rows interleaved"),
     OnnxFault("two layers swapped", _layers_swapped, "weights", r"holds model\.layers"),
     OnnxFault("a layer's data is another's", _one_layer_of_another, "weights",
               r"holds model\.layers"),
