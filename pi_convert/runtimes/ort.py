@@ -27,10 +27,14 @@ RUNTIME_PACKAGE = "onnxruntime-gpu" if sys.platform in _GPU_WHEELS else "onnxrun
 
 @dataclass(frozen=True, slots=True)
 class OrtOptions:
-    """How ONNX Runtime runs a file. ``threads`` None: every core."""
+    """How ONNX Runtime runs a file. ``threads`` None: every core.
+
+    ``cache_heads`` is (kv heads, head_dim), for a graph whose inputs give them as names only.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
+    cache_heads: tuple[int, int] | None = None
 
 
 class OrtModel(Closing):
@@ -122,13 +126,23 @@ class _Loaded:
             )
         return cls(session, tuple(replaced))
 
-    def empty_caches(self, device: str) -> dict[str, Any]:
-        """Past keys and values of no tokens, by input."""
+    def empty_caches(self, options: OrtOptions) -> dict[str, Any]:
+        """Past keys and values of no tokens, by input.
+
+        Raises ``SourceError`` where neither the graph nor ``options`` give their sizes.
+        """
         runtime, caches = import_runtime(), {}
         for cache in self.session.get_inputs():
-            if cache.name.startswith("past_"):
-                empty = np.zeros((1, cache.shape[1], 0, cache.shape[3]), _FLOATS[cache.type])
-                caches[cache.name] = runtime.OrtValue.ortvalue_from_numpy(empty, device, 0)
+            if not cache.name.startswith("past_"):
+                continue
+            heads, head_dim = options.cache_heads or (cache.shape[1], cache.shape[3])
+            if not isinstance(heads, int) or not isinstance(head_dim, int):
+                raise SourceError(
+                    f"{cache.name} is {cache.shape}: its sizes are names",
+                    hint="`pi-convert verify` takes them from the source.",
+                )
+            empty = np.zeros((1, heads, 0, head_dim), _FLOATS[cache.type])
+            caches[cache.name] = runtime.OrtValue.ortvalue_from_numpy(empty, options.device, 0)
         return caches
 
 
@@ -137,7 +151,7 @@ class OrtSession(Closing):
 
     def __init__(self, load: Callable[[int], _Loaded], options: OrtOptions) -> None:
         self._load = load
-        self._device = options.device
+        self._options = options
         self._first: int | None = None  # position
         self._fed = 0
         self._past: dict[str, Any] = {}
@@ -149,7 +163,7 @@ class OrtSession(Closing):
         """
         if self._first is None:
             self._first = position
-            self._past = self._load(position).empty_caches(self._device)
+            self._past = self._load(position).empty_caches(self._options)
         if position != self._first + self._fed or not 0 < len(tokens) <= CHUNK_TOKENS:
             raise ValueError(f"{len(tokens)} tokens at {position}, {self._fed} were fed")
         session = self._load(self._first).session
@@ -162,7 +176,7 @@ class OrtSession(Closing):
         outputs = [output.name for output in session.get_outputs()]
         binding.bind_output(outputs[0], "cpu")
         for name in outputs[1:]:
-            binding.bind_output(name, self._device, 0)
+            binding.bind_output(name, self._options.device, 0)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # see ``OrtModel``
@@ -180,7 +194,9 @@ class OrtSession(Closing):
             self._first, self._past = None, {}
         for name, value in self._past.items():
             cut = np.ascontiguousarray(value.numpy()[:, :, :count])
-            self._past[name] = import_runtime().OrtValue.ortvalue_from_numpy(cut, self._device, 0)
+            self._past[name] = import_runtime().OrtValue.ortvalue_from_numpy(
+                cut, self._options.device, 0
+            )
         self._fed = count
         return count
 

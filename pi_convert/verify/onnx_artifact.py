@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from pi_convert.runtimes.llamacpp import cores
 from pi_convert.runtimes.onnx_tables import Tables, right_tables, stored_tables
 from pi_convert.runtimes.ort import RUNTIME_PACKAGE, OrtModel, OrtOptions
 from pi_convert.verify.artifact import Artifact
+from pi_convert.verify.onnx_builder import built_weight
 from pi_convert.verify.onnx_weights import is_second_copy, parts_of, stored_weight
 
 _NORMS = {
@@ -149,7 +150,11 @@ def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> O
         parts = parts_of(name, file.tensors)
         used.update(part.name for part in parts.values())
         tensor = stored_weight(name, shape, parts)
-        if not parts:
+        built = None if parts else built_weight(name, shape, file.tensors, source.hparams)
+        if built is not None:
+            tensors[name] = built[0]
+            used.add(built[1])
+        elif not parts:
             missing.append(name)
         elif tensor is None:
             stored = ", ".join(f"{p.dtype.name} {list(p.shape)}" for p in parts.values())
@@ -167,7 +172,7 @@ def open_onnx_artifact(path: Path, source: Checkpoint, options: OrtOptions) -> O
         misshapen=tuple(misshapen),
         file=file,
         tables=tables,
-        options=options,
+        options=replace(options, cache_heads=(source.hparams.kv_heads, source.hparams.head_dim)),
     )
 
 
