@@ -63,7 +63,7 @@ def require_replaceable(out: Path, checkpoint: Checkpoint) -> None:
         return
     if out.resolve() == checkpoint.origin.path.resolve():
         raise OutputError(f"{out} is the source itself", hint="Give another --out.")
-    strange = sorted(p.name for p in out.iterdir() if not _belongs_to_checkpoint(p))
+    strange = sorted(p.name for p in out.iterdir() if not belongs_to_checkpoint(p))
     if strange:
         raise OutputError(
             f"{out} holds other things than a checkpoint: {', '.join(strange[:5])}",
@@ -71,7 +71,8 @@ def require_replaceable(out: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _belongs_to_checkpoint(path: Path) -> bool:
+def belongs_to_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint's folder has a file of that name: what an export may replace."""
     suffixes = {".json", ".safetensors", ".jinja", ".model"}
     named = path.name in ("README.md", "merges.txt") or path.name.startswith("LICENSE")
     return path.is_file() and (named or path.suffix in suffixes)

@@ -12,6 +12,7 @@ from converters.checkpoint import Checkpoint
 from converters.errors import OutputError
 from converters.files import Output, sized_file, sync_and_hash
 from converters.ggml import load_ggml
+from converters.targets.huggingface import belongs_to_checkpoint
 from converters.targets.onnx.clients import GRAPHS, client_files
 from converters.targets.onnx.graph import build_graph
 from converters.targets.onnx.metadata import record
@@ -38,8 +39,9 @@ def require_replaceable(out: Path) -> None:
     """Raises ``OutputError`` where replacing the folder ``out`` would lose more than an export."""
     if not out.is_dir():
         return
-    suffixes = {".json", ".jinja", ".model", ".txt"}
-    strange = sorted(p.name for p in out.iterdir() if p.suffix not in suffixes and p.name != GRAPHS)
+    strange = sorted(
+        p.name for p in out.iterdir() if p.name != GRAPHS and not belongs_to_checkpoint(p)
+    )
     graphs = out / GRAPHS
     if graphs.is_dir():
         strange += sorted(

@@ -113,3 +113,16 @@ def test_one_that_fails_leaves_none(
 
 def test_nothing_to_write_is_nothing() -> None:
     assert write_targets([]) == ()
+
+
+def test_an_onnx_export_of_a_folder_with_a_card_can_be_replaced(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m", shape=ODD)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
+    checkpoint = open_checkpoint(str(folder)).interpolate(4)
+    plans = [plan_onnx(checkpoint, "fp32")]
+    write_onnx(checkpoint, plans, tmp_path / "o")
+    assert (tmp_path / "o" / "README.md").is_file()
+    write_onnx(checkpoint, plans, tmp_path / "o", force=True)
+    (tmp_path / "o" / "notes.docx").write_text("mine")
+    with pytest.raises(OutputError, match=r"other things than an ONNX export: notes\.docx"):
+        write_onnx(checkpoint, plans, tmp_path / "o", force=True)
