@@ -26,6 +26,7 @@ except KeyboardInterrupt:
 # these lines equal to the commands' docstrings.
 COMMANDS = {
     "export": "Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.",
+    "finetune": "Fine-tune a model after Position Interpolation.",
     "verify": "Prove that an artifact is its source with the expected RoPE.",
     "inspect": "Describe any source or artifact: architecture, RoPE, contexts, tensors, sizes.",
     "check": "Audit a GGUF file's metadata, of any architecture.",

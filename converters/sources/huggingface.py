@@ -30,7 +30,16 @@ HEAD = "lm_head.weight"
 
 _PREFIX = "model."
 _ADAPTER = "adapter_config.json"
-_SIDE_FILES = ("generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# What ``pi-convert finetune`` leaves beside the weights: L, s, L', recipe and text.
+FINETUNE_RECORD = "pi_convert_finetune.json"
+_SIDE_FILES = (
+    FINETUNE_RECORD,
+    "generation_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 _MAX_SIDE_FILE_BYTES = 4 << 20
 # model_max_length is 10^30 where a tokenizer has no limit.
 _MAX_SANE_LENGTH = 10**9

@@ -33,7 +33,11 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     required=True,
     help="Format to write; may be repeated, the source is opened once.",
 )
-@scale_option(required=True, help="Factor s that the context is extended by; 1 leaves it as it is.")
+@scale_option(
+    required=False,
+    help="Factor s that the context is extended by; 1 leaves it as it is. May be left out where"
+    " MODEL is scaled itself.",
+)
 @click.option(
     "--quantize",
     multiple=True,
@@ -83,7 +87,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 @json_option
 def command(
     model: str | None,
-    scale: float,
+    scale: float | None,
     original_context: int | None,
     revision: str | None,
     **flags: object,
@@ -113,7 +117,14 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    return run_export(source, scale, options, started)
+    return run_export(source, _scale(scale, source.rope.factor), options, started)
+
+
+def _scale(stated: float | None, factor: float) -> float:
+    """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
+    if stated is None and factor == 1.0:
+        raise click.UsageError("Missing option '--scale': MODEL is not interpolated itself.")
+    return 1.0 if stated is None else stated
 
 
 def _check_usage(options: ExportOptions) -> None:
