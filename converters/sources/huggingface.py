@@ -29,7 +29,6 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 _PREFIX = "model."
-_ADAPTER = "adapter_config.json"
 # What ``pi-convert finetune`` leaves beside the weights: L, s, L', recipe and text.
 FINETUNE_RECORD = "pi_convert_finetune.json"
 _SIDE_FILES = (
@@ -94,11 +93,6 @@ def open_folder(
 
 def _read_config(folder: Path) -> dict[str, object]:
     if not (folder / CONFIG).is_file():
-        if (folder / _ADAPTER).is_file():
-            raise UnsupportedError(
-                f"{folder} holds an adapter ({_ADAPTER}), which is not supported yet",
-                hint="Merge it into its base model and give the merged folder.",
-            )
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         if ggufs:
             raise SourceError(

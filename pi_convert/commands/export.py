@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,9 @@ from pi_convert.commands.options import (
     revision_option,
     scale_option,
 )
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
 
 TARGETS = ("gguf", "onnx", "safetensors")
 DTYPES = ("f32", "f16", "bf16")
@@ -117,13 +121,25 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    return run_export(source, _scale(scale, source.rope.factor), options, started)
+    return run_export(source, _scale(scale, source), options, started)
 
 
-def _scale(stated: float | None, factor: float) -> float:
+def _scale(stated: float | None, source: Checkpoint) -> float:
     """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
+    from converters.errors import RopeError
+
+    factor, kind = source.rope.factor, source.origin.kind
     if stated is None and factor == 1.0:
-        raise click.UsageError("Missing option '--scale': MODEL is not interpolated itself.")
+        what = (
+            "the adapter and its base record no factor" if kind == "adapter" else "MODEL has none"
+        )
+        raise click.UsageError(f"Missing option '--scale': {what}.")
+    if kind == "adapter" and stated not in (None, 1.0) and factor != 1.0:
+        raise RopeError(
+            f"--scale {stated:g} on an adapter that records factor {factor:g} would make"
+            f" {factor * stated:g}",
+            hint="Leave out --scale; to extend it further, export a safetensors folder first.",
+        )
     return 1.0 if stated is None else stated
 
 
