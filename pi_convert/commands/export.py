@@ -83,6 +83,17 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     type=click.Choice(("quick", "full")),
     help="Prove each GGUF and ONNX file after writing it; exit 3 where the proof fails.",
 )
+@click.option(
+    "--finetune",
+    "texts",
+    type=PATH,
+    multiple=True,
+    help="Text to fine-tune on first, with preset quick, into a folder under --out; repeatable."
+    " `pi-convert finetune` has every setting.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Of --finetune. Default: 200."
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: every core.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @original_context_option
@@ -94,6 +105,8 @@ def command(
     scale: float | None,
     original_context: int | None,
     revision: str | None,
+    texts: tuple[Path, ...],
+    steps: int | None,
     **flags: object,
 ) -> int:
     """Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.
@@ -106,10 +119,15 @@ def command(
       pi-convert export --to gguf --scale 8
       pi-convert export ./vicuna --to gguf --scale 4 --quantize q8_0 --verify quick
       pi-convert export --to onnx --scale 8 --precision fp32 --precision int4
+      pi-convert export --to gguf --scale 8 --finetune ./books --steps 200
       pi-convert export org/name --revision main --to safetensors --scale 2 --dtype bf16
     """
     options = ExportOptions(**flags)  # type: ignore[arg-type]
     _check_usage(options)
+    if steps is not None and not texts:
+        raise click.UsageError("--steps goes with --finetune PATH.")
+    if texts and options.dry_run:
+        raise click.UsageError("--dry-run does not go with --finetune, which trains.")
     from converters.sources import open_checkpoint
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit
@@ -121,6 +139,11 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
+    if texts:
+        from pi_convert.commands.finetune import tuned_source
+
+        tuned = tuned_source(source, _scale(scale, source), texts, steps, options.out)
+        return run_export(tuned, 1.0, options, started)
     return run_export(source, _scale(scale, source), options, started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,10 @@ def command(
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit
 
+    is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
     resolved = resolve_model(model)
-    emit(resolved.announcement)
+    if is_main:
+        emit(resolved.announcement)
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
@@ -137,7 +140,8 @@ def command(
             err=True,
         )
         return EXIT_INTERRUPTED
-    emit(_written(done))
+    if is_main:
+        emit(_written(done))
     return 0
 
 
@@ -170,6 +174,38 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     )
     with progress() as tell:
         return finetune(request, _Teller(), tell)
+
+
+def tuned_source(
+    source: Checkpoint, scale: float, texts: tuple[Path, ...], steps: int | None, out: Path
+) -> Checkpoint:
+    """``source`` interpolated and fine-tuned with preset quick, as the folder it is written to.
+
+    A run of the same settings that was stopped is gone on with; a finished one is refused. Raises
+    ``click.Abort`` where it is stopped again.
+    """
+    from converters.sources import open_checkpoint
+    from pi_convert.finetune.run import RUN
+
+    folder = out / f"{source.interpolate(scale).artifact_name}-finetuned"
+    flags = dict.fromkeys(("window", "global_batch", "learning_rate"))
+    schedule = {"save_every": 50, "eval_every": 50, "seed": 0, "allow_short_window": False}
+    done = run_finetune(
+        source,
+        scale,
+        preset="quick",
+        steps=steps,
+        texts=texts,
+        out=folder,
+        device="cpu",
+        resume=(folder / RUN).is_dir(),
+        **flags,
+        **schedule,
+    )
+    if not done.outcome.finished:
+        click.echo(f"stopped after step {done.outcome.step}; the same command goes on.", err=True)
+        raise click.Abort
+    return open_checkpoint(str(folder))
 
 
 class _Teller:

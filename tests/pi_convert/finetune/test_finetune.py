@@ -89,6 +89,16 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
     assert "finetune.recipe.allow_short_window" in shown
 
 
+def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--to", "gguf", "--quantize", "f16", "--scale", "2", "--out", str(tmp_path)]
+    done = CliRunner().invoke(export, [str(model), *flags, "--finetune", str(text), "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    assert open_checkpoint(str(tmp_path / "tiny-PI2-finetuned")).rope.factor == 2
+    (file,) = tmp_path.glob("*.gguf")
+    assert open_checkpoint(str(file)).rope.factor == 2
+    assert CliRunner().invoke(export, [str(model), *flags, "--steps", "1"]).exit_code == 2
+
+
 def test_the_log_has_every_step_and_perplexity_on_both_sides_of_l(whole: Path) -> None:
     log = log_of(whole)
     assert [line["step"] for line in log] == list(range(1, 9))
@@ -160,6 +170,7 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: Path, tmp_path:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=PROCESSES_AGREE)
 
