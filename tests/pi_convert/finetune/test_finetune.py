@@ -175,6 +175,19 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: Path, tmp_path:
         assert two["loss"] == pytest.approx(one["loss"], rel=PROCESSES_AGREE)
 
 
+def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:
+    worker = Path(__file__).parent / "fsdp_worker.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", "29612", str(worker), str(model)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_bad_loss_stops_before_it_moves_a_weight(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConvertError, match="the loss became"):
