@@ -23,7 +23,12 @@ from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
-from pi_convert.finetune.model import load_model, next_token_loss, require_frequencies
+from pi_convert.finetune.model import (
+    load_model,
+    merged_weights,
+    next_token_loss,
+    require_frequencies,
+)
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
 
 # The step's arithmetic is the same; gloo's sum of gradients rounds in another order.
@@ -197,9 +202,7 @@ def test_a_bad_loss_stops_before_it_moves_a_weight(model: Path, text: Path, tmp_
     assert not (out / "config.json").exists()
 
 
-def test_lora_trains_adapters_norms_and_embeddings_and_merges_as_peft(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_lora_trains_adapters_norms_and_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finetuned(model, text, out, "--preset", "lora", "--learning-rate", "1e-2")
     before, after = open_checkpoint(str(model)), open_checkpoint(str(out))
@@ -213,6 +216,26 @@ def test_lora_trains_adapters_norms_and_embeddings_and_merges_as_peft(
     }
     expected = {n for n in after.tensors if "self_attn" in n or "norm" in n or "embed" in n}
     assert changed == expected
+
+
+def test_adapters_are_merged_as_peft_merges(model: Path) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    recipe = Recipe("lora", 1, 64, 1, 1, 1e-5, lora_rank=8, lora_alpha=24)
+    tuned = load_model(model, open_checkpoint(str(model)).rope, recipe)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+    merged = merged_weights(tuned.state_dict(), recipe)
+    layers = {n: m for n, m in tuned.named_modules() if isinstance(m, LoraLayer)}
+    assert len(layers) == 2 * 4
+    for name, layer in layers.items():
+        before = layer.base_layer.weight.clone()
+        layer.merge()
+        assert not torch.equal(layer.base_layer.weight, before)
+        torch.testing.assert_close(merged[f"{name}.weight"], layer.base_layer.weight)
 
 
 def test_the_loss_makes_no_tensor_of_tokens_by_vocabulary() -> None:
