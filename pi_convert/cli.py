@@ -26,6 +26,7 @@ except KeyboardInterrupt:
 # these lines equal to the commands' docstrings.
 COMMANDS = {
     "export": "Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.",
+    "finetune": "Fine-tune a model after Position Interpolation.",
     "verify": "Prove that an artifact is its source with the expected RoPE.",
     "perplexity": "Perplexity over a sliding window, the same tokens scored at every context.",
     "passkey": "Retrieve a passkey from ever farther back, as the paper does.",

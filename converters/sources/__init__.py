@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from converters.checkpoint import Checkpoint
@@ -9,12 +10,13 @@ from converters.errors import SourceError
 from converters.sources.gguf import checkpoint_of_gguf, open_gguf
 from converters.sources.hub import is_hub_id, open_hub
 from converters.sources.huggingface import open_folder
+from converters.sources.lora import is_adapter, open_adapter
 
 __all__ = ["checkpoint_of_gguf", "open_checkpoint"]
 
 _FORMS = (
-    "MODEL is a Hugging Face folder (config.json, safetensors, tokenizer), a .gguf file, or a hub"
-    " id such as HuggingFaceTB/SmolLM2-135M-Instruct."
+    "MODEL is a Hugging Face folder (config.json, weights, tokenizer), an adapter's folder, a .gguf"
+    " file, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
 )
 
 
@@ -23,6 +25,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that ``reference`` names: a folder, a .gguf file, or else a hub id.
 
+    A folder with an adapter gives its base with the adapter merged.
     ``revision`` is a hub id's branch, tag or commit; ``original_context`` is L in tokens where the
     caller knows it. Raises ``SourceError`` or one of its kinds for what cannot be found, read or
     believed, and ``UnsupportedError`` for what is understood and cannot be exported right.
@@ -34,6 +37,8 @@ def open_checkpoint(
                 f"{reference} is here on disk and has no revision {revision}",
                 hint="--revision belongs to a hub id.",
             )
+        if path.is_dir() and is_adapter(path):
+            return open_adapter(path, partial(open_checkpoint, original_context=original_context))
         if path.is_dir():
             return open_folder(path, original_context=original_context)
         if path.suffix.lower() == ".gguf":

@@ -29,8 +29,16 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 _PREFIX = "model."
-_ADAPTER = "adapter_config.json"
-_SIDE_FILES = ("generation_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# What ``pi-convert finetune`` leaves beside the weights: L, s, L', recipe and text.
+FINETUNE_RECORD = "pi_convert_finetune.json"
+_SIDE_FILES = (
+    FINETUNE_RECORD,
+    "generation_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 _MAX_SIDE_FILE_BYTES = 4 << 20
 # model_max_length is 10^30 where a tokenizer has no limit.
 _MAX_SANE_LENGTH = 10**9
@@ -85,11 +93,6 @@ def open_folder(
 
 def _read_config(folder: Path) -> dict[str, object]:
     if not (folder / CONFIG).is_file():
-        if (folder / _ADAPTER).is_file():
-            raise UnsupportedError(
-                f"{folder} holds an adapter ({_ADAPTER}), which is not supported yet",
-                hint="Merge it into its base model and give the merged folder.",
-            )
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         if ggufs:
             raise SourceError(

@@ -1,16 +1,19 @@
-"""The weights of a Hugging Face folder: one safetensors file, or several with an index."""
+"""The weights of a Hugging Face folder: one file, or several with an index; safetensors or not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from converters.containers.safetensors import read_safetensors
 from converters.containers.strict_json import read_json_object
 from converters.errors import SourceError, TensorError, UnsupportedError
+from converters.sources.pytorch_bin import read_pytorch
 from converters.tensor import Tensor
 
 WEIGHTS = "model.safetensors"
+PYTORCH_WEIGHTS = "pytorch_model.bin"
+PYTORCH_INDEX = "pytorch_model.bin.index.json"
 INDEX = "model.safetensors.index.json"
 _HINT = "The download is incomplete, or the index belongs to other files; fetch them again."
 
@@ -25,13 +28,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if (folder / INDEX).is_file():
-        return _read_sharded(folder)
+        return _read_sharded(folder / INDEX, read_safetensors)
+    if (folder / PYTORCH_WEIGHTS).is_file():
+        return read_pytorch(folder / PYTORCH_WEIGHTS)
+    if (folder / PYTORCH_INDEX).is_file():
+        return _read_sharded(folder / PYTORCH_INDEX, read_pytorch)
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if others:
         raise UnsupportedError(
-            f"{folder}: the weights are PyTorch pickles ({', '.join(others[:4])}), which are not"
-            " supported yet",
-            hint="Save them as safetensors: model.save_pretrained(...) of transformers does.",
+            f"{folder}: the weights are PyTorch pickles of other names ({', '.join(others[:4])})",
+            hint=f"Expected {PYTORCH_WEIGHTS}; transformers saves as model.safetensors.",
         )
     ggufs = sorted(p.name for p in folder.glob("*.gguf"))
     if ggufs:
@@ -41,8 +47,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise SourceError(f"{folder}: neither {WEIGHTS} nor {INDEX}", hint="Check the path.")
 
 
-def _read_sharded(folder: Path) -> dict[str, Tensor]:
-    index = folder / INDEX
+def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    folder = index.parent
     weight_map = _weight_map(index)
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (folder / name).is_file()]
@@ -51,7 +57,7 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for file in files:
-        found = read_safetensors(folder / file)
+        found = read(folder / file)
         listed = {name for name, where in weight_map.items() if where == file}
         problems += [f"{name} is not in {file}" for name in sorted(listed - found.keys())]
         problems += [f"{name} of {file} is not listed" for name in sorted(found.keys() - listed)]

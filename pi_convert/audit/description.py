@@ -11,6 +11,7 @@ import numpy as np
 
 from converters.checkpoint import Checkpoint
 from converters.containers.gguf import GgufFile, read_gguf_file
+from converters.containers.strict_json import parse_json_object
 from converters.encodings import Encoding
 from converters.errors import ConvertError
 from converters.rope import Evidence
@@ -18,6 +19,7 @@ from converters.rope import gguf as spelling
 from converters.rope.contexts import unscaled_context
 from converters.rope.gguf import RECORD_PREFIX
 from converters.sources import checkpoint_of_gguf, open_checkpoint
+from converters.sources.huggingface import FINETUNE_RECORD
 from converters.tokenizers import Vocabulary
 from pi_convert.audit import llamacpp
 from pi_convert.audit import tokenizer_keys as keys
@@ -140,7 +142,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
             for context in (rope.original_context, rope.context)
         },
         sliding_window=hparams.sliding_window,
-        record={},
+        record=_finetuning(checkpoint),
     )
 
 
@@ -155,6 +157,21 @@ def tokenizer_summary(vocabulary: Vocabulary) -> TokenizerSummary:
         add_eos=vocabulary.add_eos,
         has_chat_template=bool(vocabulary.chat_template),
     )
+
+
+def _finetuning(checkpoint: Checkpoint) -> dict[str, object]:
+    """What ``pi-convert finetune`` recorded beside the weights, flat; {} for other checkpoints."""
+    data = checkpoint.side_files.get(FINETUNE_RECORD)
+    if data is None:
+        return {}
+    record = parse_json_object(data, FINETUNE_RECORD)
+    recipe = record.get("recipe")
+    flat: dict[str, object] = {
+        f"finetune.{k}": v for k, v in record.items() if isinstance(v, int | float | str)
+    }
+    if isinstance(recipe, Mapping):
+        flat |= {f"finetune.recipe.{key}": value for key, value in recipe.items()}
+    return flat
 
 
 def describe_gguf(file: GgufFile, *, original_context: int | None = None) -> Description:

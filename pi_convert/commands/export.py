@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,9 @@ from pi_convert.commands.options import (
     revision_option,
     scale_option,
 )
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
 
 TARGETS = ("gguf", "onnx", "safetensors")
 DTYPES = ("f32", "f16", "bf16")
@@ -34,7 +38,11 @@ STORAGES = ("float", "int8", "int4")
     required=True,
     help="Format to write; may be repeated, the source is opened once.",
 )
-@scale_option(required=True, help="Factor s that the context is extended by; 1 leaves it as it is.")
+@scale_option(
+    required=False,
+    help="Factor s that the context is extended by; 1 leaves it as it is. May be left out where"
+    " MODEL is scaled itself.",
+)
 @click.option(
     "--quantize",
     multiple=True,
@@ -101,6 +109,17 @@ STORAGES = ("float", "int8", "int4")
     type=click.Choice(("quick", "full")),
     help="Prove each GGUF and ONNX file after writing it; exit 3 where the proof fails.",
 )
+@click.option(
+    "--finetune",
+    "texts",
+    type=PATH,
+    multiple=True,
+    help="Text to fine-tune on first, with preset quick, into a folder under --out; repeatable."
+    " `pi-convert finetune` has every setting.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Of --finetune. Default: 200."
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: every core.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and write nothing.")
 @original_context_option
@@ -109,9 +128,11 @@ STORAGES = ("float", "int8", "int4")
 @json_option
 def command(
     model: str | None,
-    scale: float,
+    scale: float | None,
     original_context: int | None,
     revision: str | None,
+    texts: tuple[Path, ...],
+    steps: int | None,
     **flags: object,
 ) -> int:
     """Write a checkpoint as GGUF, ONNX or safetensors, with its RoPE interpolated.
@@ -124,10 +145,15 @@ def command(
       pi-convert export --to gguf --scale 8
       pi-convert export ./vicuna --to gguf --scale 4 --quantize q8_0 --verify quick
       pi-convert export --to onnx --scale 8 --precision fp32 --precision int4
+      pi-convert export --to gguf --scale 8 --finetune ./books --steps 200
       pi-convert export org/name --revision main --to safetensors --scale 2 --dtype bf16
     """
     options = ExportOptions(**flags)  # type: ignore[arg-type]
     _check_usage(options)
+    if steps is not None and not texts:
+        raise click.UsageError("--steps goes with --finetune PATH.")
+    if texts and options.dry_run:
+        raise click.UsageError("--dry-run does not go with --finetune, which trains.")
     from converters.sources import open_checkpoint
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit
@@ -139,7 +165,31 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    return run_export(source, scale, options, started)
+    if texts:
+        from pi_convert.commands.finetune import tuned_source
+
+        tuned = tuned_source(source, _scale(scale, source), texts, steps, options.out)
+        return run_export(tuned, 1.0, options, started)
+    return run_export(source, _scale(scale, source), options, started)
+
+
+def _scale(stated: float | None, source: Checkpoint) -> float:
+    """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
+    from converters.errors import RopeError
+
+    factor, kind = source.rope.factor, source.origin.kind
+    if stated is None and factor == 1.0:
+        what = (
+            "the adapter and its base record no factor" if kind == "adapter" else "MODEL has none"
+        )
+        raise click.UsageError(f"Missing option '--scale': {what}.")
+    if kind == "adapter" and stated not in (None, 1.0) and factor != 1.0:
+        raise RopeError(
+            f"--scale {stated:g} on an adapter that records factor {factor:g} would make"
+            f" {factor * stated:g}",
+            hint="Leave out --scale; to extend it further, export a safetensors folder first.",
+        )
+    return 1.0 if stated is None else stated
 
 
 def _check_usage(options: ExportOptions) -> None:

@@ -239,8 +239,8 @@ CASES = (
          _bytes(lambda b: b.replace(b"{", b'{"rope_theta": 1e6,', 1), "config.json"),
          ("config.json", "rope_theta stands twice")),
     Case("config has NaN", _config(rms_norm_eps=float("nan")), ("config.json", "NaN")),
-    Case("adapter", _adapter, ("adapter", "not supported yet")),
-    Case("pickled weights", _pickles, ("pytorch_model.bin", "not supported yet")),
+    Case("adapter", _adapter, ("adapter_config.json", "peft_type is None")),
+    Case("pickled weights", _pickles, ("pytorch_model.bin", "refused by torch")),
     # RoPE
     Case("factor is a string", _scaling(type="linear", factor="8"),
          ("rope_scaling.factor is '8'",)),

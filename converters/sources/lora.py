@@ -1,0 +1,286 @@
+"""A LoRA adapter on its base, merged row by row as the rows are read: W + B A * scale.
+
+Two layouts: PEFT's folder (adapter_config.json, adapter_model.safetensors or .bin, with what
+``modules_to_save`` names in it), and LongLoRA's, whose trained embeddings and norms stand in
+trainable_params.bin beside it. A folder's adapter_config.json names the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.architectures.hparams import HParams
+from converters.checkpoint import Checkpoint, Origin
+from converters.containers.safetensors import read_safetensors
+from converters.containers.strict_json import read_json_object
+from converters.encodings import BF16, F16, F32, Encoding
+from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
+from converters.rope import RopeParameters
+from converters.rope.config import RopeContext, read_config
+from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD
+from converters.sources.pytorch_bin import read_pytorch
+from converters.tensor import Tensor
+from converters.tokenizers import read_tokenizer
+
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINABLE = "trainable_params.bin"  # LongLoRA's
+KIND = "adapter"
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_FULL_WEIGHTS = ("model.safetensors*", "pytorch_model*.bin*")
+_PREFIX = "base_model.model."
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Settings under which the merge would be another one.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "lora_bias": (None, False),
+    "bias": (None, "none"),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+}
+
+OpenBase = Callable[[str], Checkpoint]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two factors of one weight's change: B (rows, rank), A (rank, columns)."""
+
+    a: Tensor
+    b: Tensor
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter and no whole model."""
+    whole = any(any(folder.glob(pattern)) for pattern in _FULL_WEIGHTS)
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
+    """The base that the adapter names with the adapter merged into it.
+
+    Its RoPE is the base's, or what a config.json beside the adapter says. Raises ``SourceError`` or
+    one of its kinds where the adapter is not whole or does not fit its base, ``UnsupportedError``
+    for adapters that are merged otherwise.
+    """
+    where = folder / ADAPTER_CONFIG
+    settings = read_json_object(where)
+    _require_plain(settings, where)
+    base = open_base(_base_reference(settings, folder))
+    _require_floats(base, where)
+    pairs, whole = _split(_stored(folder), folder)
+    tensors = dict(base.tensors)
+    hparams = _resized(base.hparams, whole, folder)
+    for name, tensor in whole.items():
+        tensors[name] = _replacement(name, tensor, tensors, hparams, folder)
+    if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
+        tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
+    for name, pair in pairs.items():
+        scale = _scale(settings, pair.a.shape[0], where)
+        tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
+    config = {**base.config, "vocab_size": hparams.vocab_size}
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    vocabulary = base.vocabulary
+    if has_tokenizer or hparams != base.hparams:
+        place = folder if has_tokenizer else base.origin.path
+        vocabulary = read_tokenizer(place, hparams.vocab_size, config=config)
+    name = folder.resolve().name
+    return dataclasses.replace(
+        base,
+        origin=Origin(label=name, kind=KIND, path=folder),
+        hparams=hparams,
+        rope=_rope(folder, base),
+        tensors=tensors,
+        vocabulary=vocabulary,
+        card=dataclasses.replace(base.card, name=name),
+        config=config,
+    )
+
+
+def _require_plain(config: Mapping[str, object], where: Path) -> None:
+    for key, allowed in _PLAIN.items():
+        if config.get(key) not in allowed:
+            raise UnsupportedError(
+                f"{where}: {key} is {config.get(key)!r}",
+                hint="Only plain LoRA adapters are merged; merge this one with PEFT itself.",
+            )
+
+
+def _base_reference(config: Mapping[str, object], folder: Path) -> str:
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise SourceError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}",
+            hint="State the folder or hub id of the model that it was trained on.",
+        )
+    beside = folder / base
+    return str(beside) if not Path(base).is_absolute() and beside.is_dir() else base
+
+
+def _require_floats(base: Checkpoint, where: Path) -> None:
+    names = {tensor.encoding.name for tensor in base.tensors.values()}
+    if not names <= {F32.name, F16.name, BF16.name}:
+        raise UnsupportedError(
+            f"{where}: the base is quantized ({', '.join(sorted(names))})",
+            hint="Name its float checkpoint in base_model_name_or_path.",
+        )
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the adapter by the name that PEFT gives it."""
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise SourceError(
+            f"{folder}: neither {' nor '.join(_WEIGHTS)}", hint="The download is incomplete."
+        )
+    read = read_safetensors if found.suffix == ".safetensors" else read_pytorch
+    stored = read(found)
+    if (folder / TRAINABLE).is_file():
+        stored |= read_pytorch(folder / TRAINABLE)
+    return stored
+
+
+def _split(
+    stored: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
+    """(factors by the weight they change, weights that replace the base's)."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for stored_name, tensor in stored.items():
+        name = stored_name.removeprefix(_PREFIX)
+        for mark in (".modules_to_save.default", ".modules_to_save", ".default"):
+            name = name.replace(mark, "")
+        weight, lora, rest = name.partition(".lora_")
+        if not lora:
+            whole[name.replace(".base_layer", "")] = tensor
+        elif rest in ("A.weight", "B.weight"):
+            factors.setdefault(f"{weight}.weight", {})[rest[0]] = tensor
+        else:
+            raise UnsupportedError(
+                f"{folder}: {stored_name}", hint="Only LoRA of linear layers is merged."
+            )
+    alone = [name for name, found in factors.items() if len(found) != 2]
+    if alone or not (factors or whole):
+        raise TensorError(
+            f"{folder}: lora_A or lora_B is missing for {', '.join(alone) or 'every weight'}",
+            hint="The adapter is incomplete; fetch it again.",
+        )
+    return {name: _Pair(found["A"], found["B"]) for name, found in factors.items()}, whole
+
+
+def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HParams:
+    """The sizes with the adapter's number of embedding rows, where it has more."""
+    rows = {whole[name].shape[0] for name in (EMBEDDING, HEAD) if name in whole}
+    if not rows:
+        return hparams
+    if min(rows) < hparams.vocab_size or len(rows) > 1:
+        raise TensorError(
+            f"{folder}: embeddings of {sorted(rows)} rows, the base has {hparams.vocab_size}",
+            hint="Check that the adapter belongs to this base.",
+        )
+    return dataclasses.replace(hparams, vocab_size=rows.pop())
+
+
+def _target(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
+    if name not in tensors:
+        raise TensorError(
+            f"{folder}: the adapter changes {name}, which the base does not have",
+            hint="Check that the adapter belongs to this base.",
+        )
+    return tensors[name]
+
+
+def _replacement(
+    name: str, tensor: Tensor, tensors: Mapping[str, Tensor], hparams: HParams, folder: Path
+) -> Tensor:
+    expected = _target(name, tensors, folder).shape
+    if name in (EMBEDDING, HEAD):
+        expected = (hparams.vocab_size, *expected[1:])
+    if tensor.shape != expected:
+        raise TensorError(
+            f"{folder}: {name} is {list(tensor.shape)}, the base has {list(expected)}",
+            hint="Check that the adapter belongs to this base.",
+        )
+    return dataclasses.replace(tensor, name=name)
+
+
+def _padded(head: Tensor, rows: int) -> Tensor:
+    """The head with the mean of its rows for each token it lacks: neither likely nor unlikely."""
+    missing = rows - head.rows
+    mean = head.read_f32(0, head.rows).mean(axis=0, dtype=np.float64).astype(np.float32)
+    new = encode_float(np.broadcast_to(mean, (missing, len(mean))), head.encoding)
+
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
+        old = head.read_rows(min(start, head.rows), min(stop, head.rows))
+        return np.concatenate([old, new[max(0, start - head.rows) : max(0, stop - head.rows)]])
+
+    return Tensor(head.name, (rows, *head.shape[1:]), head.encoding, read)
+
+
+def _scale(config: Mapping[str, object], rank: int, where: Path) -> float:
+    """Alpha / rank; the rank is the tensors' own, so that ``rank_pattern`` is heeded."""
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise SourceError(f"{where}: lora_alpha is {alpha!r}", hint="Expected a number.")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _merged(weight: Tensor, pair: _Pair, scale: float, folder: Path) -> Tensor:
+    rank = pair.a.shape[0]
+    if pair.b.shape != (weight.shape[0], rank) or pair.a.shape != (rank, weight.shape[-1]):
+        raise TensorError(
+            f"{folder}: {weight.name} is {list(weight.shape)}, its lora_B {list(pair.b.shape)} and"
+            f" lora_A {list(pair.a.shape)}",
+            hint="Check that the adapter belongs to this base.",
+        )
+
+    def read(start: int, stop: int) -> npt.NDArray[np.uint8]:
+        change = pair.b.read_f32(start, stop) @ pair.a.read_f32(0, rank) * np.float32(scale)
+        return encode_float(weight.read_f32(start, stop) + change, weight.encoding)
+
+    return dataclasses.replace(weight, read_raw=read)
+
+
+def encode_float(values: Floats, encoding: Encoding) -> npt.NDArray[np.uint8]:
+    """Rows as f32, f16 or bf16, rounded to nearest even, uint8 (rows, row_bytes)."""
+    if encoding is BF16:
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (rounded >> np.uint32(16)).astype(np.uint16).view(np.uint8)
+    dtype = np.float16 if encoding is F16 else np.float32
+    return np.ascontiguousarray(values, dtype=dtype).view(np.uint8)
+
+
+def _rope(folder: Path, base: Checkpoint) -> RopeParameters:
+    """What a config.json beside the adapter says, held against the base; else the base's."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return base.rope
+    about = RopeContext(
+        where=str(path),
+        rotary_dim=base.rope.rotary_dim,
+        default_theta=base.architecture.default_theta,
+    )
+    own = read_config(read_json_object(path), about)
+    if (own.theta, own.llama3) != (base.rope.theta, base.rope.llama3):
+        raise RopeError(
+            f"{path}: theta {own.theta:g} and {own.kind} RoPE, the base has {base.rope.theta:g} and"
+            f" {base.rope.kind}",
+            hint="Correct the config beside the adapter, or the base that it names.",
+        )
+    if base.rope.factor not in (1.0, own.factor):
+        raise RopeError(
+            f"{path}: factor {own.factor:g}, the base has {base.rope.factor:g}",
+            hint="State one factor in both.",
+        )
+    return own

@@ -1,0 +1,255 @@
+"""``pi-convert finetune``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pi_convert.commands.options import (
+    PATH,
+    model_argument,
+    original_context_option,
+    revision_option,
+    scale_option,
+)
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from pi_convert.finetune.run import Finetuned
+    from pi_convert.finetune.train import StepReport
+
+PRESETS = ("paper", "lora", "quick")
+EXIT_INTERRUPTED = 130
+
+
+@click.command()
+@model_argument
+@scale_option(required=True, help="Factor s that the context is extended by.")
+@click.option(
+    "--text",
+    "texts",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="Text, Markdown, JSONL, Parquet or a `datasets` folder, or a folder of them; may be"
+    " repeated. JSONL and Parquet hold the text under `text`.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Default: the preset's; 1000, quick 200.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Trained length in tokens. Default: L', the extended context.",
+)
+@click.option(
+    "--allow-short-window",
+    is_flag=True,
+    help="Let --window train no position past L; it is recorded.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="quick",
+    help="paper: every weight, 64 windows a step. lora: adapters on attention, norms and"
+    " embeddings, 64 windows. quick (default): every weight, 4 windows.",
+)
+@click.option(
+    "--batch",
+    "global_batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows a step, over all processes. Default: the preset's.",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="R",
+    help="The peak. Default: 2e-5; 1e-5 from 30B parameters.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Default: 0.")
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=1),
+    default=50,
+    metavar="N",
+    help="Steps between checkpoints to resume from. Default: 50.",
+)
+@click.option(
+    "--eval-every",
+    type=click.IntRange(min=0),
+    default=50,
+    metavar="N",
+    help="Steps between perplexities of held-out windows, below and past L; 0: none. Default: 50.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    help="cuda trains in bfloat16 over float32 weights. Default: cpu.",
+)
+@click.option("--out", type=PATH, help="New folder to write to. Default: NAME-PIs-finetuned.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint."
+)
+@original_context_option
+@revision_option
+def command(
+    model: str | None,
+    scale: float,
+    original_context: int | None,
+    revision: str | None,
+    **flags: Any,
+) -> int:
+    """Fine-tune a model after Position Interpolation.
+
+    MODEL's RoPE is interpolated by S before it is built, then it is trained on windows of the text
+    (arXiv 2306.15595, section 3). What is written is a folder whose config every reader takes for
+    the same RoPE, with the recipe recorded; `export` and `verify` take it as it is, with --scale 1.
+    The same command runs under `torchrun` and `accelerate launch`.
+
+    \b
+    Examples:
+      pi-convert finetune --scale 2 --text ./books --window 12288 --steps 30
+      pi-convert finetune ./llama --scale 8 --text ./pile --preset paper --device cuda
+      pi-convert finetune ./llama --scale 8 --text ./pile --preset paper --device cuda --resume
+    """
+    from converters.sources import open_checkpoint
+    from pi_convert.defaults import resolve_model
+    from pi_convert.report.console import emit
+
+    is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
+    resolved = resolve_model(model)
+    if is_main:
+        emit(resolved.announcement)
+    source = open_checkpoint(
+        resolved.reference, revision=revision, original_context=original_context
+    )
+    done = run_finetune(source, scale, **flags)
+    if not done.outcome.finished:
+        click.echo(
+            f"stopped after step {done.outcome.step}; saved."
+            " Go on with the same command and --resume.",
+            err=True,
+        )
+        return EXIT_INTERRUPTED
+    if is_main:
+        emit(_written(done))
+    return 0
+
+
+def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
+    """The run that the flags of ``command`` ask for, told on stderr."""
+    from pi_convert.finetune.recipe import Choices, choose_recipe
+    from pi_convert.finetune.run import FinetuneRequest, finetune, require_libraries
+    from pi_convert.report.console import progress
+
+    require_libraries()
+    from pi_convert.finetune.train import Schedule
+
+    target = source.interpolate(scale)
+    names = ("steps", "window", "global_batch", "learning_rate", "seed", "allow_short_window")
+    recipe = choose_recipe(
+        flags["preset"],
+        scale,
+        target.rope,
+        source.parameters,
+        Choices(**{name: flags[name] for name in names}),
+    )
+    request = FinetuneRequest(
+        source=source,
+        recipe=recipe,
+        texts=flags["texts"],
+        out=flags["out"] or Path(f"{target.artifact_name}-finetuned"),
+        schedule=Schedule(flags["save_every"], flags["eval_every"]),
+        device=flags["device"],
+        resume=flags["resume"],
+    )
+    with progress() as tell:
+        return finetune(request, _Teller(), tell)
+
+
+def tuned_source(
+    source: Checkpoint, scale: float, texts: tuple[Path, ...], steps: int | None, out: Path
+) -> Checkpoint:
+    """``source`` interpolated and fine-tuned with preset quick, as the folder it is written to.
+
+    A run of the same settings that was stopped is gone on with; a finished one is refused. Raises
+    ``click.Abort`` where it is stopped again.
+    """
+    from converters.sources import open_checkpoint
+    from pi_convert.finetune.run import RUN
+
+    folder = out / f"{source.interpolate(scale).artifact_name}-finetuned"
+    flags = dict.fromkeys(("window", "global_batch", "learning_rate"))
+    schedule = {"save_every": 50, "eval_every": 50, "seed": 0, "allow_short_window": False}
+    done = run_finetune(
+        source,
+        scale,
+        preset="quick",
+        steps=steps,
+        texts=texts,
+        out=folder,
+        device="cpu",
+        resume=(folder / RUN).is_dir(),
+        **flags,
+        **schedule,
+    )
+    if not done.outcome.finished:
+        click.echo(f"stopped after step {done.outcome.step}; the same command goes on.", err=True)
+        raise click.Abort
+    return open_checkpoint(str(folder))
+
+
+class _Teller:
+    """One line a step on stderr; after the first, what the whole run will take."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __call__(self, report: StepReport) -> None:
+        from pi_convert.report.console import size
+
+        if not self._told and report.step < report.steps:
+            self._told = True
+            click.echo(
+                f"estimate: {_duration(report.seconds_left)} for {report.steps - report.step:,}"
+                f" more steps, {size(report.peak_bytes)} of memory at the peak, from a measured"
+                " step. Ctrl-C saves and stops.",
+                err=True,
+            )
+        line = (
+            f"step {report.step:,} of {report.steps:,}: loss {report.loss:.4f},"
+            f" {report.tokens_per_second:,.0f} tokens/s, {_duration(report.seconds_left)} left"
+        )
+        if report.perplexity_below is not None:
+            line += f"; held-out perplexity {report.perplexity_below:.2f} below L"
+        if report.perplexity_past is not None:
+            line += f", {report.perplexity_past:.2f} past it"
+        click.echo(line, err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _written(done: Finetuned) -> str:
+    from pi_convert.report.console import table
+
+    buckets = done.record["tokens_by_position"]
+    rows = [
+        [f"{b['from']:,} to {b['to']:,}", f"{b['tokens']:,}"]
+        for b in buckets  # type: ignore[attr-defined]
+    ]
+    return f"wrote {done.out}\n{table(rows, header=('positions', 'tokens trained'))}"

@@ -1,0 +1,165 @@
+"""Texts to train on: plain text, Markdown, JSONL, Parquet, folders of them, ``datasets`` folders.
+
+Documents come in an order that never changes and one at a time, so that memory does not depend on
+the size of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from converters.errors import EnvironmentNotReadyError, SourceError
+from converters.files import sha256_file
+
+TEXT_KEY = "text"
+_TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text", "")
+_TABLE_SUFFIXES = (".jsonl", ".parquet")
+_DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+_ROWS_AT_ONCE = 256
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and ``datasets`` folders, behind ``paths``; folders are walked in order.
+
+    Raises ``SourceError`` where one is not there or holds nothing that can be read.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise SourceError(f"{path}: there is no such file", hint="Check the path.")
+        if path.is_file() or _is_dataset(path):
+            found.append(path)
+            continue
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _is_named_text(p)]
+        if not inside:
+            raise SourceError(
+                f"{path}: no text in it",
+                hint="Expected .txt, .md, .jsonl or .parquet files, or a datasets folder.",
+            )
+        found += inside
+    if not found:
+        raise SourceError("no text was given", hint="Give --text PATH, a file or a folder.")
+    return found
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 in hex over the bytes of every file, in order; names and places do not count."""
+    digest = hashlib.sha256()
+    for file in files:
+        for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
+            if part.is_file():
+                digest.update(bytes.fromhex(sha256_file(part)))
+    return digest.hexdigest()
+
+
+def documents(files: Sequence[Path]) -> Iterator[str]:
+    """Every document that is not blank. Raises ``SourceError`` for a file that holds no text."""
+    for file in files:
+        for text in _read(file):
+            if text.strip():
+                yield text
+
+
+def _read(file: Path) -> Iterator[str]:
+    if file.is_dir():
+        return _read_dataset(file)
+    if file.suffix.lower() == ".parquet":
+        return _read_parquet(file)
+    if file.suffix.lower() == ".jsonl":
+        return _read_jsonl(file)
+    return iter([_text(file)])
+
+
+def _text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file} is no UTF-8 text: {error}", hint="Give text files, or convert it first."
+        ) from error
+    if "\0" in text:
+        raise SourceError(f"{file} is a binary file", hint="Give text files.")
+    return text
+
+
+def _read_jsonl(file: Path) -> Iterator[str]:
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(
+                f"{file}, line {number}: {error}", hint="Expected one JSON object a line."
+            ) from error
+        text = row.get(TEXT_KEY) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise SourceError(
+                f"{file}, line {number}: no string under {TEXT_KEY!r}",
+                hint=f'Expected lines such as {{"{TEXT_KEY}": "..."}}.',
+            )
+        yield text
+
+
+def _read_parquet(file: Path) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise _not_installed(error) from error
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"{file}: {error}", hint="Expected a Parquet file.") from error
+    with table:
+        _require_column(table.schema_arrow.names, file)
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[TEXT_KEY]):
+            yield from _strings(batch.column(0).to_pylist(), file)
+
+
+def _read_dataset(folder: Path) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise _not_installed(error) from error
+    loaded = datasets.load_from_disk(str(folder))
+    splits = [loaded] if isinstance(loaded, datasets.Dataset) else [loaded[n] for n in loaded]
+    for split in splits:
+        _require_column(split.column_names, folder)
+        for row in split:
+            yield from _strings([row[TEXT_KEY]], folder)
+
+
+def _strings(values: Sequence[object], where: Path) -> Iterator[str]:
+    for value in values:
+        if not isinstance(value, str):
+            raise SourceError(
+                f"{where}: {TEXT_KEY} holds {value!r:.60}", hint="Expected strings in it."
+            )
+        yield value
+
+
+def _require_column(names: Sequence[str], where: Path) -> None:
+    if TEXT_KEY not in names:
+        raise SourceError(
+            f"{where}: no column {TEXT_KEY!r} among {', '.join(names) or 'none'}",
+            hint=f"Rename the column with the text to {TEXT_KEY!r}.",
+        )
+
+
+def _is_dataset(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in _DATASET_MARKS)
+
+
+def _is_named_text(path: Path) -> bool:
+    return path.suffix.lower() in (*_TEXT_SUFFIXES[:-1], *_TABLE_SUFFIXES)
+
+
+def _not_installed(error: ImportError) -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"reading this text needs {error.name}", hint="Install: pip install 'pi-convert[finetune]'"
+    )

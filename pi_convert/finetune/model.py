@@ -1,0 +1,143 @@
+"""The model that is trained: RoPE right before it is built, and a loss that makes no logits.
+
+transformers ignores a RoPE config that is changed after the model was built, without a word; so
+the interpolated folder is written first, loaded, and its frequencies are held against
+``converters.rope`` after load, after training and after saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+
+from converters.errors import ConvertError, EnvironmentNotReadyError
+from converters.rope import RopeParameters
+from converters.rope.parameters import ulp_distance
+from pi_convert.finetune.recipe import Recipe
+
+# float32: numpy's and torch's pow differ by one unit, the division by the factor adds one;
+# longrope's lists (PI over llama3) round once more each way.
+FREQUENCY_ULP = 4
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_TRAINED_BESIDE_ADAPTERS = ("embed_tokens", "norm")
+_SCORED_TOKENS = 512  # whose logits exist at once when scoring; 512 x 151,936 x 4 B = 297 MiB
+
+
+def load_model(folder: Path, rope: RopeParameters, recipe: Recipe) -> Any:
+    """The model in ``folder``, float32, that returns its loss; adapters are put in for LoRA.
+
+    Raises ``ConvertError`` where transformers builds other frequencies than ``rope`` has.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+    model.config.use_cache = False
+    require_frequencies(model, rope, "after loading")
+    if recipe.lora_rank:
+        _add_adapters(model, recipe)
+    model.forward = _LossForward(model)
+    return model
+
+
+def require_frequencies(model: Any, rope: RopeParameters, when: str) -> None:
+    """Raises ``ConvertError`` unless the model's own rotary module holds ``rope``'s frequencies."""
+    rotary = model.model.rotary_emb
+    _compare(rotary.inv_freq.float().cpu().numpy(), float(rotary.attention_scaling), rope, when)
+
+
+def require_saved_frequencies(folder: Path, model: Any, rope: RopeParameters) -> None:
+    """The same for what transformers makes of the config that was saved in ``folder``."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    rotary = type(model.model.rotary_emb)(config)
+    _compare(rotary.inv_freq.numpy(), float(rotary.attention_scaling), rope, "after saving")
+
+
+def _compare(found: Any, attention: float, rope: RopeParameters, when: str) -> None:
+    expected = rope.inv_freq()
+    same_shape = found.shape == expected.shape and attention == rope.attention_factor
+    if same_shape and ulp_distance(expected, found) <= FREQUENCY_ULP:
+        return
+    raise ConvertError(
+        f"{when} the model's frequencies are not those of {rope.kind} RoPE with factor"
+        f" {rope.factor:g} and theta {rope.theta:g}",
+        hint="This version of transformers reads the config otherwise; please report it.",
+    )
+
+
+class _LossForward:
+    """Takes the place of ``model.forward``: windows in, their mean loss out.
+
+    A method of no module, so that DDP's and FSDP's hooks around ``model(...)`` still run.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, input_ids: torch.Tensor, per_token: bool = False) -> dict[str, torch.Tensor]:
+        """``loss`` over all next tokens, or with ``per_token`` (windows, tokens - 1) of them.
+
+        Positions are 0, 1, ... over the whole window and never reset at a document's start.
+        """
+        hidden = self._model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        weight = self._model.lm_head.weight
+        if per_token:
+            losses = [
+                functional.cross_entropy(functional.linear(s, weight).float(), t, reduction="none")
+                for s, t in zip(
+                    torch.split(states, _SCORED_TOKENS),
+                    torch.split(targets, _SCORED_TOKENS),
+                    strict=True,
+                )
+            ]
+            return {"loss": torch.cat(losses).view(input_ids.shape[0], -1)}
+        return {"loss": next_token_loss(states, weight, targets)}
+
+
+def next_token_loss(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross entropy of (tokens, hidden) states; no (tokens, vocabulary) tensor is made."""
+    # Without options the function falls back to making all logits.
+    return functional.linear_cross_entropy(
+        states, weight, targets, options=torch.nn.LinearCrossEntropyOptions()
+    )
+
+
+def _add_adapters(model: Any, recipe: Recipe) -> None:
+    try:
+        import peft
+    except ImportError as error:
+        raise EnvironmentNotReadyError(
+            f"preset lora needs peft: {error}", hint="Install: pip install 'pi-convert[finetune]'"
+        ) from error
+    config = peft.LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(ATTENTION),
+    )
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in _TRAINED_BESIDE_ADAPTERS):
+            parameter.requires_grad_(True)
+
+
+def merged_weights(state: Mapping[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Weights by their plain names, adapters merged as PEFT does: W + B A * alpha / rank."""
+    merged = {}
+    for name, value in state.items():
+        if ".lora_" in name:
+            continue
+        prefix, layer, rest = name.partition(".base_layer.")
+        merged[f"{prefix}.{rest}" if layer else name] = value
+        if layer and rest == "weight":
+            a = state[f"{prefix}.lora_A.default.weight"]
+            b = state[f"{prefix}.lora_B.default.weight"]
+            merged[f"{prefix}.weight"] = value + (b @ a) * (recipe.lora_alpha / recipe.lora_rank)
+    return merged

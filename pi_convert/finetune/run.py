@@ -1,0 +1,238 @@
+"""One run from a checkpoint to a folder: everything but the command line.
+
+The folder holds ``run/`` (recipe, tokens, checkpoints, log) from the start, and the model once the
+training is over; its config.json comes last, so that it is a checkpoint only when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.checkpoint import Checkpoint
+from converters.encodings import F32
+from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
+from converters.progress import Progress as Tell
+from converters.progress import silent
+from converters.sources.huggingface import FINETUNE_RECORD
+from converters.targets.huggingface import write_folder
+from converters.tensor import Tensor
+from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
+from pi_convert.finetune.documents import documents, fingerprint, text_files
+from pi_convert.finetune.recipe import Recipe, run_record
+
+if TYPE_CHECKING:
+    from pi_convert.finetune.train import Outcome, Report, Schedule
+
+RUN = "run"
+_RECIPE = "recipe.json"
+_NO_LIMIT = 10**9  # tokens a tokenizer is told it may give
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneRequest:
+    """What to train; ``source`` is not interpolated yet."""
+
+    source: Checkpoint
+    recipe: Recipe
+    texts: tuple[Path, ...]
+    out: Path
+    schedule: Schedule
+    device: str = "cpu"
+    resume: bool = False
+
+    @property
+    def target(self) -> Checkpoint:
+        """The checkpoint that is trained."""
+        return self.source.interpolate(self.recipe.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """How a run ended; ``record`` is what is kept beside the weights."""
+
+    outcome: Outcome
+    out: Path
+    record: dict[str, object]
+
+
+def finetune(request: FinetuneRequest, report: Report, tell: Tell = silent) -> Finetuned:
+    """Trains, and writes the folder; or stops at a Ctrl-C with a checkpoint to resume from.
+
+    Raises ``ConvertError`` or one of its kinds for what cannot be trained; a run that was there
+    before is left as it was.
+    """
+    require_libraries()
+    from pi_convert.finetune import train
+    from pi_convert.finetune.model import load_model, require_frequencies
+
+    _no_bars()
+    files = text_files(request.texts)
+    record = run_record(request.recipe, request.target.rope, _about(files))
+    run = request.out / RUN
+    arguments = train.training_arguments(
+        run / "checkpoints", request.recipe, request.device, request.schedule
+    )
+    with arguments.main_process_first(local=False, desc="preparing"):
+        if arguments.process_index == 0:
+            _prepare(request, files, record, tell)
+        store = open_store(run / "tokens")
+    corpus = train.Corpus(store, windows(store, request.recipe.window))
+    rope = request.target.rope
+    model = load_model(run / "base", rope, request.recipe)
+    progress = train.Progress(
+        request.recipe, rope.original_context, request.schedule, run / train.LOG_NAME, report
+    )
+    trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
+    checkpoint = train.last_checkpoint(run / "checkpoints") if request.resume else None
+    outcome = train.train(trainer, progress, checkpoint)
+    require_frequencies(model, rope, "after training")
+    if outcome.finished:
+        _write(request, trainer, model, record, is_main=arguments.process_index == 0)
+    return Finetuned(outcome, request.out, record)
+
+
+def _no_bars() -> None:
+    """Transformers draws bars on stderr of its own, between our lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def require_libraries() -> None:
+    """Raises ``EnvironmentNotReadyError`` where the extra is not installed."""
+    try:
+        import accelerate  # noqa: F401
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentNotReadyError(
+            f"fine-tuning needs {error.name}", hint="Install: pip install 'pi-convert[finetune]'"
+        ) from error
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise EnvironmentNotReadyError(
+            f"fine-tuning needs torch 2.13 or newer, found {torch.__version__}",
+            hint="Install: pip install 'pi-convert[finetune]'",
+        )
+
+
+def _about(files: Sequence[Path]) -> dict[str, object]:
+    return {"files": [file.name for file in files], "sha256": fingerprint(files)}
+
+
+def _prepare(
+    request: FinetuneRequest, files: Sequence[Path], record: dict[str, object], tell: Tell
+) -> None:
+    """The run folder with its recipe, the interpolated base and the tokens."""
+    run = request.out / RUN
+    _claim(request, run, record)
+    if not (run / "base" / "config.json").is_file():
+        write_folder(request.target, run / "base", progress=tell)
+    store = _tokens(request, files, run, tell)
+    windows(store, request.recipe.window)
+
+
+def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
+    """Raises ``OutputError`` where the folder holds something else than this very run."""
+    stated = run / _RECIPE
+    if stated.is_file():
+        found = json.loads(stated.read_bytes())
+        if not request.resume:
+            raise OutputError(
+                f"{request.out} holds another run",
+                hint="Go on with --resume, or give another --out.",
+            )
+        if (request.out / "config.json").is_file():
+            raise OutputError(f"{request.out}: this run is finished", hint="Give another --out.")
+        if found != _plain(record):
+            raise OutputError(
+                f"{request.out} holds a run with other settings: {_difference(found, record)}",
+                hint="Resume with the settings it was started with, or give another --out.",
+            )
+        return
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        raise OutputError(
+            f"{request.out} exists and is no run of finetune", hint="Give another --out."
+        )
+    if request.resume:
+        raise OutputError(f"{request.out} holds no run to resume", hint="Leave out --resume.")
+    run.mkdir(parents=True)
+    stated.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def _plain(record: dict[str, object]) -> Any:
+    return json.loads(json.dumps(record))
+
+
+def _difference(found: dict[str, Any], record: dict[str, object]) -> str:
+    here = _plain(record)
+    names = [f"recipe.{k}" for k, v in here["recipe"].items() if found["recipe"].get(k) != v]
+    names += [k for k, v in here.items() if k != "recipe" and found.get(k) != v]
+    return ", ".join(names)
+
+
+def _tokens(request: FinetuneRequest, files: Sequence[Path], run: Path, tell: Tell) -> TokenStore:
+    from transformers import AutoTokenizer
+
+    eos = request.source.vocabulary.special_ids.get("eos")
+    if eos is None:
+        raise SourceError(
+            "the tokenizer names no EOS token, which separates documents",
+            hint="State eos_token in tokenizer_config.json.",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(run / "base", local_files_only=True)
+    tokenizer.model_max_length = _NO_LIMIT
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids[:-1] if ids and ids[-1] == eos else ids
+
+    encoder = Encoder(encode, eos, request.source.hparams.vocab_size)
+    return tokenise(documents(files), encoder, run / "tokens", tell)
+
+
+def _write(
+    request: FinetuneRequest, trainer: Any, model: Any, record: dict[str, object], *, is_main: bool
+) -> None:
+    """The model's folder, from the weights of every process; then what only a resume needs goes."""
+    from pi_convert.finetune.model import merged_weights, require_saved_frequencies
+
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_main:
+        return
+    run, target = request.out / RUN, request.target
+    weights = merged_weights(state, request.recipe)
+    trained = dataclasses.replace(
+        target,
+        tensors={name: _tensor(name, weights[name]) for name in target.tensors},
+        side_files={
+            **target.side_files,
+            FINETUNE_RECORD: json.dumps(record, indent=2).encode() + b"\n",
+        },
+    )
+    write_folder(trained, run / "model", _dtype(request.source), force=True)
+    require_saved_frequencies(run / "model", model, target.rope)
+    made = sorted((run / "model").iterdir(), key=lambda path: path.name == "config.json")
+    for path in made:  # config.json last
+        path.replace(request.out / path.name)
+    for name in ("model", "base", "checkpoints"):
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def _dtype(source: Checkpoint) -> str:
+    """The type that the source's weights have, or float32 where it has several or is quantized."""
+    names = {tensor.encoding.name for tensor in source.tensors.values()}
+    return next(iter(names)) if names in ({"f16"}, {"bf16"}) else "f32"
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    array = np.ascontiguousarray(value.detach().float().cpu().numpy())
+    rows = array.reshape(-1, array.shape[-1]).view(np.uint8)
+    return Tensor(name, array.shape, F32, lambda start, stop: rows[start:stop])

@@ -1,0 +1,355 @@
+"""The training loop: transformers' Trainer, with what a long run needs around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import SequentialSampler
+
+from converters.errors import ConvertError
+from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
+from pi_convert.finetune.recipe import Recipe
+
+HELD_OUT_AT_MOST = 4
+_HELD_OUT_SHARE = 10  # one window in so many
+_KEPT_CHECKPOINTS = 2
+_TRAINER_STATE = "trainer_state.json"  # transformers writes it last
+LOG_NAME = "trainer_log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished step, for people to read."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+    perplexity_below: float | None = None  # of held-out tokens at positions below L
+    perplexity_past: float | None = None
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How often a run saves and evaluates, in steps; 0: never before the end."""
+
+    save_every: int = 50
+    eval_every: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a run ended: ``finished``, or after ``step`` at a person's wish."""
+
+    finished: bool
+    step: int
+
+
+Report = Callable[[StepReport], None]
+
+
+def training_arguments(folder: Path, recipe: Recipe, device: str, schedule: Schedule) -> Any:
+    """Settings of transformers; making them joins the processes of ``torchrun``.
+
+    Raises ``ConvertError`` where the global batch cannot be shared by the processes.
+    """
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        learning_rate=recipe.learning_rate,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch",
+        seed=recipe.seed,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        **_checkpointed_activations(),
+        logging_steps=1,
+        save_strategy="steps" if schedule.save_every else "no",
+        save_steps=max(1, schedule.save_every),
+        save_total_limit=_KEPT_CHECKPOINTS,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=7 * 24 * 3600,  # one process tokenises while the others wait
+    )
+    if recipe.global_batch % arguments.world_size:
+        raise ConvertError(
+            f"a global batch of {recipe.global_batch} windows cannot be shared by"
+            f" {arguments.world_size} processes",
+            hint=f"Give --batch as a multiple of {arguments.world_size}.",
+        )
+    arguments.gradient_accumulation_steps = recipe.global_batch // arguments.world_size
+    return arguments
+
+
+def _checkpointed_activations() -> dict[str, object]:
+    """The setting under the name that this transformers has; the old one warns in 5.24."""
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    return {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
+def split_windows(
+    segments: Sequence[tuple[Segment, ...]],
+) -> tuple[Sequence[tuple[Segment, ...]], Sequence[tuple[Segment, ...]]]:
+    """(trained, held out): the last tenth is held out, four windows at most."""
+    held_out = min(HELD_OUT_AT_MOST, len(segments) // _HELD_OUT_SHARE)
+    return segments[: len(segments) - held_out], segments[len(segments) - held_out :]
+
+
+def training_order(windows: int, recipe: Recipe) -> list[int]:
+    """The window of every sample of the run: shuffled anew each time all were seen.
+
+    Step k trains samples k * batch to (k + 1) * batch, whatever the number of processes.
+    """
+    random = np.random.default_rng(recipe.seed)
+    needed = recipe.steps * recipe.global_batch
+    rounds = [random.permutation(windows) for _ in range(math.ceil(needed / windows))]
+    return [int(i) for i in np.concatenate(rounds)[:needed]]
+
+
+class PiTrainer(transformers.Trainer):  # type: ignore[misc]
+    """The paper's warm-up, samples in the order that was decided, and a stop at a bad loss."""
+
+    def __init__(self, recipe: Recipe, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._recipe = recipe
+        self.lr_scheduler: Any
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over equal windows
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A tenth of the peak, rising for the warm-up, then the peak."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self._recipe.rate_share
+            )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """The loss of one window; raises ``ConvertError`` before a bad one moves a weight."""
+        loss: torch.Tensor = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss):
+            raise ConvertError(
+                f"the loss became {loss.item()} in step {self.state.global_step + 1}",
+                hint="The last checkpoint is kept. Start anew with a lower --learning-rate.",
+            )
+        return loss
+
+
+class Progress(transformers.TrainerCallback):  # type: ignore[misc]
+    """Logs, tells, evaluates, and stops where a person asked for it."""
+
+    def __init__(
+        self, recipe: Recipe, original_context: int, schedule: Schedule, log: Path, tell: Report
+    ) -> None:
+        self._recipe, self._original_context = recipe, original_context
+        self._schedule, self._log, self._tell = schedule, log, tell
+        self._held_out: torch.Tensor | None = None
+        self._model: Any = None
+        self._started = self._evaluated = 0.0
+        self._first = 0
+        self.stop = threading.Event()
+
+    def hold_out(self, model: Any, windows: torch.Tensor | None) -> None:
+        """What perplexity is measured on: (windows, tokens), or nothing."""
+        self._model, self._held_out = model, windows
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock, and drops log lines of steps that are done again."""
+        self._started, self._first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and self._log.is_file():
+            lines = self._log.read_text("utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self._log.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Saves and stops after a Ctrl-C; every process at the same step."""
+        flag = torch.tensor(int(self.stop.is_set()), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if flag.item():
+            self.stop.set()
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line of the log for a step, and one for people."""
+        if not logs or "loss" not in logs:
+            return
+        step, every = state.global_step, self._schedule.eval_every
+        seconds = time.monotonic() - self._started - self._evaluated
+        below = past = None
+        if self._held_out is not None and every and (step % every == 0 or step == args.max_steps):
+            below, past = self._perplexities(args.device)
+        if not state.is_world_process_zero:
+            return
+        done = step - self._first
+        report = StepReport(
+            step=step,
+            steps=args.max_steps,
+            loss=logs["loss"],
+            tokens_per_second=done * self._recipe.step_tokens / seconds,
+            seconds_left=(args.max_steps - step) * seconds / done,
+            perplexity_below=below,
+            perplexity_past=past,
+            peak_bytes=_peak_bytes(args.device),
+        )
+        self._append(report, logs)
+        self._tell(report)
+
+    def _append(self, report: StepReport, logs: Mapping[str, Any]) -> None:
+        line = {
+            "step": report.step,
+            "loss": report.loss,
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs["learning_rate"],
+            "tokens": report.step * self._recipe.step_tokens,
+            "tokens_per_second": report.tokens_per_second,
+            "perplexity_below": report.perplexity_below,
+            "perplexity_past": report.perplexity_past,
+        }
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _perplexities(self, device: Any) -> tuple[float | None, float | None]:
+        """(below L, past L) over the held-out windows."""
+        started, length = time.monotonic(), self._original_context - 1
+        windows = self._held_out
+        if windows is None:
+            return None, None
+        self._model.eval()
+        with torch.no_grad():
+            losses = torch.cat(
+                [
+                    self._model(input_ids=window[None].to(device), per_token=True)["loss"].cpu()
+                    for window in windows
+                ]
+            )
+        self._model.train()
+        self._evaluated += time.monotonic() - started
+        below, past = losses[:, :length], losses[:, length:]
+        return _perplexity(below), _perplexity(past)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What is trained on: tokens, and windows over them."""
+
+    store: TokenStore
+    segments: Sequence[tuple[Segment, ...]]
+
+
+def make_trainer(
+    model: Any, corpus: Corpus, recipe: Recipe, arguments: Any, progress: Progress
+) -> PiTrainer:
+    """The trainer over the windows in the order that they are trained in."""
+    trained, held_out = split_windows(corpus.segments)
+    order = training_order(len(trained), recipe)
+    dataset = WindowDataset(corpus.store, [trained[i] for i in order])
+    trainer = PiTrainer(
+        recipe, model=model, args=arguments, train_dataset=dataset, callbacks=[progress]
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    kept = WindowDataset(corpus.store, held_out)
+    windows = [kept[i]["input_ids"] for i in range(len(kept))]
+    progress.hold_out(_Wrapped(trainer), torch.stack(windows) if windows else None)
+    return trainer
+
+
+def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> Outcome:
+    """Where the run ended; the weights are those of the trainer's model."""
+    with _stopping_at_ctrl_c(progress.stop):
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    step: int = trainer.state.global_step
+    return Outcome(finished=step >= trainer.args.max_steps, step=step)
+
+
+class _Wrapped:
+    """The model as the trainer wrapped it, once it has."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._trainer.model_wrapped(**inputs)
+
+    def eval(self) -> None:
+        self._trainer.model_wrapped.eval()
+
+    def train(self) -> None:
+        self._trainer.model_wrapped.train()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; one that a kill cut short does not count."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_whole(path)
+    ]
+    return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _TRAINER_STATE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _stopping_at_ctrl_c(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C lets the step end; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _perplexity(losses: torch.Tensor) -> float | None:
+    return math.exp(losses.double().mean().item()) if losses.numel() else None
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of the accelerator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,185 @@
+"""Adapters on their base, held against PEFT's own merge; and PyTorch pickles."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
+from converters.sources import open_checkpoint
+from pi_convert.commands.export import command as export
+from tests.tiny import VOCABULARY, write_tiny
+
+# float32: PEFT multiplies whole matrices, we rows of them; sums of 8 products round otherwise.
+MERGE = 1e-6
+# peft 0.21 asks transformers 5.24 by a name that is deprecated there
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A saved PEFT adapter with random factors; returns PEFT's merged weights."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    config = peft.LoraConfig(r=8, lora_alpha=24, target_modules=TARGETS, **more)
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                value.add_(torch.randn_like(value) * 0.1)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("saved", [None, ["lm_head", "embed_tokens"]])
+def test_merged_as_peft_merges(tmp_path: Path, rslora: bool, saved: list[str] | None) -> None:
+    base = write_tiny(tmp_path / "base")
+    expected = adapter(base, tmp_path / "tuned", use_rslora=rslora, modules_to_save=saved)
+    found = open_checkpoint(str(tmp_path / "tuned"))
+    changed = 0
+    for name, tensor in found.tensors.items():
+        value = tensor.read_f32(0, tensor.rows).reshape(tensor.shape)
+        assert np.allclose(value, expected[name].numpy(), rtol=0, atol=MERGE), name
+        parts = np.concatenate([tensor.read_f32(i, i + 1) for i in range(min(3, tensor.rows))])
+        assert np.allclose(parts, tensor.read_f32(0, len(parts)), rtol=0, atol=MERGE)
+        changed += not np.array_equal(value, load_file(base / "model.safetensors")[name].numpy())
+    assert changed == 2 * len(TARGETS) + len(saved or [])
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_half_types_are_rounded_once(tmp_path: Path, dtype: str) -> None:
+    base = write_tiny(tmp_path / "base", dtype=dtype)
+    expected = adapter(base, tmp_path / "tuned")  # PEFT in float32
+    torch_type = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    for name, tensor in open_checkpoint(str(tmp_path / "tuned")).tensors.items():
+        value = torch.from_numpy(tensor.read_f32(0, tensor.rows).reshape(tensor.shape).copy())
+        wanted = expected[name].to(torch_type).float()
+        # A sum that lies at the middle of two may go either way.
+        assert torch.count_nonzero(value != wanted) <= wanted.numel() // 1000 + 1, name
+        assert torch.allclose(value, wanted, rtol=2**-7, atol=1e-6)
+
+
+def longlora(tmp_path: Path, *, rows: int) -> Path:
+    """LongLoRA's layout: pickled factors, and the embedding and norms beside them."""
+    base = write_tiny(tmp_path / "base")
+    adapter(base, tmp_path / "tuned")
+    folder = tmp_path / "tuned"
+    factors = load_file(folder / "adapter_model.safetensors")
+    torch.save(factors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    stored = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    embedding = torch.randn(rows, stored["model.embed_tokens.weight"].shape[1], generator=generator)
+    trained = {"base_model.model.model.embed_tokens.weight": embedding}
+    trained |= {f"base_model.model.{n}": v + 1 for n, v in stored.items() if "norm" in n}
+    torch.save(trained, folder / "trainable_params.bin")
+    return folder
+
+
+def test_longlora_with_a_larger_embedding_than_the_base(tmp_path: Path) -> None:
+    folder = longlora(tmp_path, rows=VOCABULARY + 1)
+    found = open_checkpoint(str(folder))
+    assert found.hparams.vocab_size == VOCABULARY + 1
+    assert found.config["vocab_size"] == VOCABULARY + 1
+    trained = torch.load(folder / "trainable_params.bin", weights_only=True)
+    for name, value in trained.items():
+        tensor = found.tensors[name.removeprefix("base_model.model.")]
+        assert np.array_equal(tensor.read_f32(0, tensor.rows).reshape(tensor.shape), value.numpy())
+    head = found.tensors["lm_head.weight"]
+    old = open_checkpoint(str(tmp_path / "base")).tensors["lm_head.weight"]
+    assert head.shape[0] == VOCABULARY + 1
+    assert np.array_equal(head.read_rows(0, VOCABULARY), old.read_rows(0, VOCABULARY))
+    mean = old.read_f32(0, VOCABULARY).mean(axis=0)
+    assert np.allclose(head.read_f32(VOCABULARY, VOCABULARY + 1)[0], mean, atol=1e-6)
+
+
+def test_a_smaller_embedding_is_another_models(tmp_path: Path) -> None:
+    with pytest.raises(TensorError, match="the base has 512"):
+        open_checkpoint(str(longlora(tmp_path, rows=VOCABULARY - 1)))
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(export, [*map(str, words), "--to", "gguf", "--quantize", "f16"])
+
+
+def test_an_adapter_that_records_no_factor_needs_a_scale(tmp_path: Path) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    silent = run(tmp_path / "tuned", "--out", tmp_path / "out")
+    assert silent.exit_code == 2
+    assert "record no factor" in silent.output
+    assert run(tmp_path / "tuned", "--out", tmp_path / "out", "--scale", 4).exit_code == 0
+
+
+def test_a_recorded_factor_is_used_and_does_not_compose(tmp_path: Path) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(str(tmp_path / "tuned")).rope.factor == 4
+    assert run(tmp_path / "tuned", "--out", tmp_path / "out").exit_code == 0
+    again = run(tmp_path / "tuned", "--out", tmp_path / "out2", "--scale", 4)
+    assert isinstance(again.exception, RopeError)
+    config["rope_theta"] = 5000.0
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RopeError, match="theta 5000"):
+        open_checkpoint(str(tmp_path / "tuned"))
+
+
+def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned", use_dora=True)
+    with pytest.raises(UnsupportedError, match="use_dora"):
+        open_checkpoint(str(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_pickled_weights_are_the_safetensors(tmp_path: Path, shards: int, dtype: str) -> None:
+    plain = write_tiny(tmp_path / "plain", dtype=dtype)
+    folder = write_tiny(tmp_path / "pickled", dtype=dtype, shards=shards)
+    index = folder / "model.safetensors.index.json"
+    for path in sorted(folder.glob("*.safetensors")):
+        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(load_file(path), folder / name)
+        path.unlink()
+    if shards > 1:
+        text = index.read_text().replace("model-0", "pytorch_model-0")
+        text = text.replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+    a, b = open_checkpoint(str(plain)).tensors, open_checkpoint(str(folder)).tensors
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert b[name].encoding is tensor.encoding
+        assert np.array_equal(b[name].read_rows(0, tensor.rows), tensor.read_rows(0, tensor.rows))
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("harmed"),))
+
+
+def test_a_pickle_that_holds_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_tiny(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    for content in (pickle.dumps(Harmful(), protocol=2), b"", b"PK\x03\x04"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(SourceError, match=r"pytorch_model\.bin"):
+            open_checkpoint(str(folder))
+    torch.save({"model.norm.weight": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="weights-only"):
+        open_checkpoint(str(folder))
+    assert not (tmp_path / "harmed").exists()

@@ -1,0 +1,312 @@
+"""Whole runs on a tiny model with dropout: what they write, how they stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from converters.errors import ConvertError, OutputError
+from converters.rope import RopeParameters
+from converters.sources import open_checkpoint
+from pi_convert.commands.export import command as export
+from pi_convert.commands.finetune import command
+from pi_convert.commands.inspect import command as inspect
+from pi_convert.finetune.model import (
+    load_model,
+    merged_weights,
+    next_token_loss,
+    require_frequencies,
+)
+from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
+
+# The step's arithmetic is the same; gloo's sum of gradients rounds in another order.
+PROCESSES_AGREE = 1e-5
+# Bit for bit the same only with as many threads; on so small a model one is the fastest.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def words(model: Path, text: Path, out: Path, *more: str, steps: int = 3) -> list[str]:
+    flags = {"--scale": 2, "--text": text, "--steps": steps, "--batch": 2, "--out": out}
+    return [str(model), *(str(w) for flag in flags.items() for w in flag), *more]
+
+
+def finetuned(model: Path, text: Path, out: Path, *more: str, steps: int = 3) -> str:
+    result = CliRunner().invoke(command, words(model, text, out, *more, steps=steps))
+    if isinstance(result.exception, Exception):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def process(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pi_convert", "finetune", *arguments]
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "run" / "trainer_log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 8 steps."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    finetuned(model, text, out, "--eval-every", "4", "--save-every", "3", steps=8)
+    return out
+
+
+def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_path: Path) -> None:
+    import transformers
+
+    checkpoint = open_checkpoint(str(whole))
+    assert checkpoint.rope.factor == 2
+    assert (checkpoint.rope.original_context, checkpoint.rope.context) == (32, 64)
+    config = transformers.AutoConfig.from_pretrained(whole)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    base = 1 / 10000 ** (torch.arange(0, 12, 2) / 12)
+    assert torch.allclose(rotary.inv_freq, base / 2, rtol=1e-6)
+    words = [str(whole), "--to", "gguf", "--quantize", "f16", "--out", str(tmp_path)]
+    result = CliRunner().invoke(export, words)
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(inspect, [str(whole)]).stdout
+    assert "finetune.recipe.steps" in shown
+    assert "finetune.recipe.allow_short_window" in shown
+
+
+def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--to", "gguf", "--quantize", "f16", "--scale", "2", "--out", str(tmp_path)]
+    done = CliRunner().invoke(export, [str(model), *flags, "--finetune", str(text), "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    assert open_checkpoint(str(tmp_path / "tiny-PI2-finetuned")).rope.factor == 2
+    (file,) = tmp_path.glob("*.gguf")
+    assert open_checkpoint(str(file)).rope.factor == 2
+    assert CliRunner().invoke(export, [str(model), *flags, "--steps", "1"]).exit_code == 2
+
+
+def test_the_log_has_every_step_and_perplexity_on_both_sides_of_l(whole: Path) -> None:
+    log = log_of(whole)
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert [line["step"] for line in log if line["perplexity_past"]] == [4, 8]
+    assert log[0]["learning_rate"] == pytest.approx(0.1 * 2e-5)
+    assert log[2]["learning_rate"] > log[1]["learning_rate"]
+
+
+def test_resuming_after_sigkill_gives_the_uninterrupted_run(
+    model: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    more = ("--eval-every", "4", "--save-every", "3")
+    arguments = process(*words(model, text, out, *more, steps=8))
+    running = subprocess.Popen(arguments, env=ENVIRONMENT)
+    log = out / "run" / "trainer_log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.is_file() or len(log.read_text().splitlines()) < 4:
+        assert running.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (out / "config.json").exists()
+    with pytest.raises(OutputError, match="another run"):
+        finetuned(model, text, out, *more, steps=8)
+    with pytest.raises(OutputError, match=r"recipe\.seed"):
+        finetuned(model, text, out, *more, "--seed", "1", "--resume", steps=8)
+    finetuned(model, text, out, *more, "--resume", steps=8)
+    assert [line["loss"] for line in log_of(out)] == [line["loss"] for line in log_of(whole)]
+    assert weights(out) == weights(whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    model: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    more = ("--eval-every", "4", "--save-every", "3")
+    arguments = process(*words(model, text, out, *more, steps=8))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("step 1"):
+                running.send_signal(signal.SIGINT)
+                break
+        said = running.stderr.read()
+        assert running.wait() == 130, said
+    assert "--resume" in said
+    finetuned(model, text, out, *more, "--resume", steps=8)
+    assert weights(out) == weights(whole)
+
+
+def test_two_processes_give_the_losses_of_one(model: Path, text: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in model.iterdir():  # dropout draws anew in each process
+        content = path.read_bytes()
+        if path.name == "config.json":
+            content = json.dumps({**json.loads(content), "attention_dropout": 0.0}).encode()
+        (plain / path.name).write_bytes(content)
+    finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
+    done = subprocess.run(
+        [*torchrun, "--master-port", "29611", "-m", "pi_convert", "finetune", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=PROCESSES_AGREE)
+
+
+def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:
+    worker = Path(__file__).parent / "fsdp_worker.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", "29612", str(worker), str(model)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bad_loss_stops_before_it_moves_a_weight(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConvertError, match="the loss became"):
+        finetuned(model, text, out, "--learning-rate", "1e30", "--save-every", "1", steps=6)
+    kept = sorted((out / "run" / "checkpoints").glob("checkpoint-*"))
+    assert kept
+    assert not (out / "config.json").exists()
+
+
+def test_lora_trains_adapters_norms_and_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finetuned(model, text, out, "--preset", "lora", "--learning-rate", "1e-2")
+    before, after = open_checkpoint(str(model)), open_checkpoint(str(out))
+    changed = {
+        name
+        for name, tensor in after.tensors.items()
+        if not np.array_equal(
+            tensor.read_f32(0, tensor.rows),
+            before.tensors[name].read_f32(0, tensor.rows),
+        )
+    }
+    expected = {n for n in after.tensors if "self_attn" in n or "norm" in n or "embed" in n}
+    assert changed == expected
+
+
+def test_adapters_are_merged_as_peft_merges(model: Path) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    recipe = Recipe("lora", 1, 64, 1, 1, 1e-5, lora_rank=8, lora_alpha=24)
+    tuned = load_model(model, open_checkpoint(str(model)).rope, recipe)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+    merged = merged_weights(tuned.state_dict(), recipe)
+    layers = {n: m for n, m in tuned.named_modules() if isinstance(m, LoraLayer)}
+    assert len(layers) == 2 * 4
+    for name, layer in layers.items():
+        before = layer.base_layer.weight.clone()
+        layer.merge()
+        assert not torch.equal(layer.base_layer.weight, before)
+        torch.testing.assert_close(merged[f"{name}.weight"], layer.base_layer.weight)
+
+
+def test_the_loss_makes_no_tensor_of_tokens_by_vocabulary() -> None:
+    tokens, vocabulary = 1024, 4096
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for value in made if isinstance(made, tuple) else (made,):
+                if isinstance(value, torch.Tensor):
+                    sizes.append(value.numel())
+            return made
+
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, 64, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, 64, generator=generator, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    with Sizes():
+        loss = next_token_loss(states, weight, targets)
+        loss.backward()
+    assert max(sizes) < tokens * vocabulary
+    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    sizes.clear()
+    with Sizes():  # the control: without options all logits are made
+        torch.nn.functional.linear_cross_entropy(states, weight, targets)
+    assert max(sizes) >= tokens * vocabulary
+
+
+def test_frequencies_of_another_factor_are_refused(whole: Path) -> None:
+    rope = open_checkpoint(str(whole)).rope
+    recipe = Recipe("quick", 2, 64, 1, 1, 1e-5)
+    model = load_model(whole, rope, recipe)
+    other = rope.interpolate(1.0001)
+    with pytest.raises(ConvertError, match="frequencies are not those"):
+        require_frequencies(model, other, "after loading")
+
+
+ROPE = RopeParameters(10000.0, 64, original_context=2048, context=8192, factor=4.0)
+
+
+def test_the_papers_numbers() -> None:
+    recipe = choose_recipe("paper", 4, ROPE, 7_000_000_000, Choices())
+    assert (recipe.steps, recipe.global_batch, recipe.window) == (1000, 64, 8192)
+    assert (recipe.betas, recipe.weight_decay, recipe.learning_rate) == ((0.9, 0.95), 0.0, 2e-5)
+    assert recipe.rate_share(0) == pytest.approx(0.1)
+    assert recipe.rate_share(10) == pytest.approx(0.55)
+    assert recipe.rate_share(20) == recipe.rate_share(999) == 1.0
+    assert choose_recipe("paper", 4, ROPE, 33_000_000_000, Choices()).learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(("window", "said"), [(2048, "no position past L"), (8193, "longer than")])
+def test_windows_that_make_no_sense_are_refused(window: int, said: str) -> None:
+    with pytest.raises(ConvertError, match=said):
+        choose_recipe("quick", 4, ROPE, 1, Choices(window=window))
+
+
+def test_a_short_window_is_recorded_and_trains_nothing_past_it() -> None:
+    choices = Choices(window=1024, steps=10, global_batch=2, allow_short_window=True)
+    recipe = choose_recipe("quick", 4, ROPE, 1, choices)
+    assert recipe.allow_short_window
+    assert position_buckets(recipe, ROPE) == [
+        (0, 2048, 20480),
+        (2048, 4096, 0),
+        (4096, 8192, 0),
+    ]
+
+
+def test_no_steps_is_wrong_usage(model: Path, text: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, words(model, text, tmp_path / "x", steps=0))
+    assert result.exit_code == 2
