@@ -41,7 +41,8 @@ class Encoding:
         if elements % self.block_elements:
             raise UnsupportedError(
                 f"a row of {elements} elements does not divide into {self.name} blocks"
-                f" of {self.block_elements}"
+                f" of {self.block_elements}",
+                hint="Choose a type whose blocks fit, or a float type.",
             )
         return elements // self.block_elements * self.block_bytes
 
@@ -150,7 +151,8 @@ def encoding_of_ggml_type(ggml_type: int) -> Encoding:
         return _BY_GGML_TYPE[ggml_type]
     except KeyError:
         raise UnsupportedError(
-            f"tensor type {ggml_type} is not one of ggml's {len(_BY_GGML_TYPE)} known types"
+            f"tensor type {ggml_type} is not one of ggml's {len(_BY_GGML_TYPE)} known types",
+            hint="The file is damaged, or made for another llama.cpp: fetch or convert it again.",
         ) from None
 
 
@@ -191,7 +193,9 @@ def _decode_nbits(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray
 def _dequantize_blocks(raw: npt.NDArray[np.uint8], encoding: Encoding) -> npt.NDArray[np.float32]:
     import gguf
 
-    refusal = UnsupportedError(f"{encoding.name} cannot be decoded by gguf-py")
+    refusal = UnsupportedError(
+        f"{encoding.name} cannot be decoded by gguf-py", hint="Give a file of another type."
+    )
     try:
         ggml_type = gguf.GGMLQuantizationType(encoding.ggml_type)
     except ValueError:

@@ -14,6 +14,20 @@ Anything else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
+
+_SHOWN_CHARACTERS = 120
+_PERMISSIONS = "Check the permissions of it and of the folders above it."
+_OS_HINTS: Mapping[int, str] = {
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.ENOENT: "Check the path; something may have removed it meanwhile.",
+    errno.ENOSPC: "Free some space.",
+    errno.EIO: "Check the disk or the network file system that it is on.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+}
+
 
 class ConvertError(Exception):
     """One clear error: ``message`` says what was wrong, ``hint`` what to do about it."""
@@ -53,3 +67,14 @@ class OutputError(ConvertError):
 
 class EnvironmentNotReadyError(ConvertError):
     """A library or device is missing or of the wrong build."""
+
+
+def shown(value: object) -> str:
+    """A value from a file as one short line of a message, whatever it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
+
+
+def os_hint(error: OSError, otherwise: str) -> str:
+    """What to do about an error of the system; ``otherwise`` where its number says too little."""
+    return _OS_HINTS.get(error.errno or 0, otherwise)

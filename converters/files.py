@@ -18,12 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import ConvertError, OutputError
+from converters.errors import ConvertError, OutputError, os_hint
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".pi-convert-partial"
 _HASH_CHUNK_BYTES = 8 << 20
 _HASHED_AT_ONCE = 4  # files
+_OTHER_OUT = "Give another --out."
 
 
 def sha256_file(path: Path) -> str:
@@ -85,7 +86,7 @@ def require_replaceable(output: Output, *, force: bool) -> None:
     refuse_existing(output.path, force=force)
     if output.path.exists() and output.path.is_dir() is not output.is_folder:
         kind = "file" if output.is_folder else "folder"
-        raise OutputError(f"{output.path} is a {kind}", hint="Give another --out.")
+        raise OutputError(f"{output.path} is a {kind}", hint=_OTHER_OUT)
 
 
 @contextlib.contextmanager
@@ -195,7 +196,7 @@ def _folders_above(output: Output) -> Iterator[None]:
         try:
             _make_folders(parent, made)
             if not os.access(parent, os.W_OK):
-                raise OutputError(f"{parent} is not writable", hint="Give another --out.")
+                raise OutputError(f"{parent} is not writable", hint=_OTHER_OUT)
         except OSError as error:
             raise _explain(error, output.path) from error
         yield
@@ -397,5 +398,5 @@ def _explain(error: OSError, path: Path) -> OutputError:
     about = "" if named == str(path) else f" ({named})"
     return OutputError(
         f"{path}: {error.strerror or error}{about}",
-        hint="Nothing was written; what was there is whole.",
+        hint=f"Nothing was written; what was there is whole. {os_hint(error, _OTHER_OUT)}",
     )

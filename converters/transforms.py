@@ -38,7 +38,8 @@ def _head_dim(tensor: Tensor, heads: int) -> int:
     rows = tensor.shape[0]
     if rows % heads or rows // heads % 2:
         raise UnsupportedError(
-            f"{tensor.name}: {rows} rows do not divide into {heads} heads of an even size"
+            f"{tensor.name}: {rows} rows do not divide into {heads} heads of an even size",
+            hint="Check the number of heads in the config.",
         )
     return rows // heads
 
@@ -52,7 +53,8 @@ def _permute_within_heads(tensor: Tensor, order: npt.NDArray[np.intp]) -> Tensor
 def _permuted_elements(tensor: Tensor, order: npt.NDArray[np.intp]) -> RowReader:
     if not tensor.encoding.is_float:
         raise UnsupportedError(
-            f"{tensor.name}: a {tensor.encoding.name} vector cannot be permuted inside its blocks"
+            f"{tensor.name}: a {tensor.encoding.name} vector cannot be permuted inside its blocks",
+            hint="Biases of q and k have to be stored as floats; convert the model again.",
         )
 
     def read(start: int, stop: int) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,6 @@ EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
 try:  # these take most of the time until ``run`` can answer a Ctrl-C
-    import errno
     import importlib
     import logging
     import os
@@ -17,7 +16,7 @@ try:  # these take most of the time until ``run`` can answer a Ctrl-C
 
     import click
 
-    from converters.errors import ConvertError
+    from converters.errors import ConvertError, os_hint
 except KeyboardInterrupt:
     sys.stderr.write("interrupted\n")
     raise SystemExit(EXIT_INTERRUPTED) from None
@@ -41,14 +40,6 @@ COMMANDS = {
 }
 
 _log = logging.getLogger(__name__)
-_OS_HINTS = {
-    errno.EACCES: "Check the permissions of it and of the folders above it.",
-    errno.EPERM: "Check the permissions of it and of the folders above it.",
-    errno.ENOENT: "Check the path; something may have removed it meanwhile.",
-    errno.ENOSPC: "Free some space.",
-    errno.EIO: "Check the disk or the network file system that it is on.",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
-}
 
 
 class LazyGroup(click.Group):
@@ -122,7 +113,7 @@ def run(arguments: list[str]) -> int:
             raise
         _log.debug("%s", error, exc_info=True)
         path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        return _failed(f"{path}{error.strerror}", _OS_HINTS.get(error.errno, ""))
+        return _failed(f"{path}{error.strerror}", os_hint(error, ""))
     return result if isinstance(result, int) else 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from sys import float_info
 
-from converters.errors import SourceError
+from converters.errors import SourceError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def read_config_hparams(
     norm_eps = _positive(config.get(NORM_EPS_KEYS[_CONFIG]), NORM_EPS_KEYS[_CONFIG], problems)
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        problems.append(f"tie_word_embeddings is {tied!r}, expected true or false")
+        problems.append(f"tie_word_embeddings is {shown(tied)}, expected true or false")
     _raise(problems, where)
     return HParams(
         vocab_size=vocab_size,
@@ -144,7 +144,7 @@ def _sizes(keys: Mapping[str, object], spelling: int, problems: list[str]) -> di
 
 def _whole(value: object, key: str, problems: list[str]) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        found = "missing" if value is None else f"{value!r}"
+        found = "missing" if value is None else shown(value)
         problems.append(f"{key} is {found}, expected a positive whole number")
         return 0
     return value
@@ -156,7 +156,7 @@ def _positive(value: object, key: str, problems: list[str]) -> float:
         or not isinstance(value, int | float)
         or not 0 < value <= float_info.max
     ):
-        found = "missing" if value is None else f"{value!r}"
+        found = "missing" if value is None else shown(value)
         problems.append(f"{key} is {found}, expected a positive number")
         return 0.0
     return float(value)

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Literal, TypeVar
 
 from converters.architectures.hparams import HParams
-from converters.errors import SourceError, TensorError, UnsupportedError
+from converters.errors import SourceError, TensorError, UnsupportedError, shown
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def architecture_named(gguf_name: str, where: str) -> Architecture:
     for architecture in architectures():
         if architecture.gguf_name == gguf_name:
             return architecture
-    raise _unsupported(f"{where}: architecture {gguf_name!r}")
+    raise _unsupported(f"{where}: architecture {shown(gguf_name)}")
 
 
 def architecture_of_config(
@@ -155,7 +155,7 @@ def architecture_of_config(
         isinstance(classes, list) and all(isinstance(c, str) for c in classes)
     ):
         raise SourceError(
-            f"{where}: architectures is {classes!r}", hint="Expected a list of names."
+            f"{where}: architectures is {shown(classes)}", hint="Expected a list of names."
         )
     for architecture in architectures():
         for spelling in architecture.huggingface:
@@ -164,14 +164,19 @@ def architecture_of_config(
             ):
                 _expect(architecture, config, where)
                 return architecture, spelling
-    raise _unsupported(f"{where}: architecture {', '.join(classes or [str(model_type)])}")
+    raise _unsupported(f"{where}: architecture {_named(classes, model_type)}")
+
+
+def _named(classes: object, model_type: object) -> str:
+    names = classes if isinstance(classes, list) and classes else [model_type]
+    return ", ".join(name if isinstance(name, str) else shown(name) for name in names)
 
 
 def _expect(architecture: Architecture, config: Mapping[str, object], where: str) -> None:
     for key, value in architecture.expects.items():
         if config.get(key, value) != value:
             raise UnsupportedError(
-                f"{where}: {key} is {config[key]!r}",
+                f"{where}: {key} is {shown(config[key])}",
                 hint=f"{architecture.name} is supported with {key} {value!r} only.",
             )
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from converters.containers.open_file import OpenFile
 from converters.encodings import Encoding, encoding_of_ggml_type
-from converters.errors import SourceError, UnsupportedError
+from converters.errors import SourceError, UnsupportedError, shown
 from converters.tensor import RowReader, Tensor
 
 MAGIC = b"GGUF"
@@ -105,7 +105,8 @@ class GgufFile:
         value = self.keys.get(ARCHITECTURE_KEY)
         if not isinstance(value, str) or not value:
             raise SourceError(
-                f"{self.path}: {ARCHITECTURE_KEY} is {value!r}", hint="llama.cpp cannot load it."
+                f"{self.path}: {ARCHITECTURE_KEY} is {shown(value)}",
+                hint="llama.cpp cannot load it.",
             )
         return value
 
@@ -135,7 +136,7 @@ def read_gguf_file(path: Path) -> GgufFile:
     for _ in range(key_count):
         key = header.string("a key's name")
         if not key or key in keys:
-            header.fail(f"key {key!r} {'is repeated' if key else 'has no name'}")
+            header.fail(f"key {shown(key)} {'is repeated' if key else 'has no name'}")
         key_types[key] = header.scalar("<I", f"the type of {key}")
         keys[key] = header.value(key_types[key], key)
     alignment = _alignment(keys, key_types, header)
@@ -272,7 +273,7 @@ def _alignment(keys: Mapping[str, object], key_types: Mapping[str, int], header:
     value = keys.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     stated_type = key_types.get(ALIGNMENT_KEY, ValueType.UINT32)
     if stated_type != ValueType.UINT32 or not isinstance(value, int):
-        header.fail(f"{ALIGNMENT_KEY} is {value!r}, expected an unsigned 32-bit number")
+        header.fail(f"{ALIGNMENT_KEY} is {shown(value)}, expected an unsigned 32-bit number")
     if value == 0 or value & (value - 1):
         header.fail(f"{ALIGNMENT_KEY} is {value}, expected a power of two")
     return value
@@ -283,18 +284,18 @@ def _read_tensor_info(header: _Header) -> GgufTensor:
     name = header.string("a tensor's name")
     axes = header.scalar("<I", f"the number of axes of {name}")
     if not 1 <= axes <= MAX_DIMENSIONS:
-        header.fail(f"tensor {name!r} has {axes} axes, expected 1 to {MAX_DIMENSIONS}")
+        header.fail(f"tensor {shown(name)} has {axes} axes, expected 1 to {MAX_DIMENSIONS}")
     shape = struct.unpack(f"<{axes}Q", header.take(8 * axes, f"the shape of {name}"))[::-1]
     ggml_type = header.scalar("<I", f"the type of {name}")
     offset = header.scalar("<Q", f"the offset of {name}")
     if not name or 0 in shape:
-        header.fail(f"tensor {name!r} of shape {list(shape)}")
+        header.fail(f"tensor {shown(name)} of shape {list(shape)}")
     try:
         encoding = encoding_of_ggml_type(ggml_type)
         size_bytes = prod(shape[:-1]) * encoding.row_bytes(shape[-1])
     except UnsupportedError as error:
         path = header.path
-        raise UnsupportedError(f"{path}: tensor {name}: {error.message}") from None
+        raise UnsupportedError(f"{path}: tensor {name}: {error.message}", hint=error.hint) from None
     return GgufTensor(name, shape, encoding, offset, size_bytes)
 
 

@@ -64,7 +64,10 @@ def lay_out(
     offset = 0
     for name, shape, encoding in tensors:
         if len(name.encode()) > MAX_NAME_BYTES:
-            raise OutputError(f"tensor {name}: llama.cpp reads names of {MAX_NAME_BYTES} bytes")
+            raise OutputError(
+                f"tensor {name}: llama.cpp reads names of {MAX_NAME_BYTES} bytes",
+                hint="Give the tensor a shorter name in the architecture's description.",
+            )
         size = prod(shape[:-1]) * encoding.row_bytes(shape[-1])
         axes = struct.pack(f"<{len(shape)}Q", *reversed(shape))
         infos.append(

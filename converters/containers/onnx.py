@@ -45,7 +45,7 @@ class OnnxTensor:
         if self.inline is not None:
             return self.inline[start:stop] if self.shape else self.inline
         if self.file is None:
-            raise SourceError(f"{self.name}: it has no data")
+            raise SourceError(f"{self.name}: it has no data", hint=_REFETCH)
         count = prod((stop - start, *self.shape[1:])) if self.shape else 1
         step = prod(self.shape[1:]) * self.dtype.itemsize
         with self.file.open("rb") as file:
@@ -93,7 +93,7 @@ def read_onnx_file(path: Path) -> OnnxFile:
     if not path.is_file():
         raise SourceError(f"{path}: no such file", hint="Give an .onnx file or its folder.")
     if path.stat().st_size > _MAX_GRAPH_BYTES:
-        raise SourceError(f"{path}: a graph of more than 2 GiB is no ONNX file")
+        raise SourceError(f"{path}: a graph of more than 2 GiB is no ONNX file", hint=_REFETCH)
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError; its class depends on the implementation
@@ -152,7 +152,9 @@ def _tensor(onnx: Any, proto: Any, path: Path) -> OnnxTensor:
     except ValueError as error:
         raise SourceError(f"{path}: {proto.name}: {error}", hint=_REFETCH) from error
     if length != size:
-        raise SourceError(f"{path}: {proto.name} has {length} bytes, its shape needs {size}")
+        raise SourceError(
+            f"{path}: {proto.name} has {length} bytes, its shape needs {size}", hint=_REFETCH
+        )
     if offset < 0 or offset + size > file.stat().st_size:
         raise SourceError(
             f"{file}: {proto.name} ends at byte {offset + size}, the file has"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import SourceError
+from converters.errors import SourceError, os_hint
 
 
 class OpenFile:
@@ -20,7 +20,9 @@ class OpenFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise SourceError(f"{path}: {error.strerror}", hint="Check the path.") from error
+            raise SourceError(
+                f"{path}: {error.strerror}", hint=os_hint(error, "Check the path.")
+            ) from error
         weakref.finalize(self, os.close, self._descriptor)
         self.size_bytes = os.fstat(self._descriptor).st_size
 
@@ -33,7 +35,7 @@ class OpenFile:
                 count = os.preadv(self._descriptor, [data.data[done:]], offset + done)
             except OSError as error:
                 raise SourceError(
-                    f"{self.path}: {error.strerror}", hint="Check the disk."
+                    f"{self.path}: {error.strerror}", hint=os_hint(error, "Check the disk.")
                 ) from error
             if count == 0:
                 raise SourceError(

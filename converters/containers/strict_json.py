@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.errors import SourceError
+from converters.errors import SourceError, os_hint
 
 # The largest are tokenizer.json and shard indices: tens of MB.
 MAX_JSON_BYTES = 256 << 20
 _MAX_DEPTH = 64  # tokenizer.json has about 10
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, object]:
@@ -30,7 +32,8 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
         raise SourceError(f"{where}: {constant} is no JSON number", hint=hint)
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=not_a_number)
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=not_a_number)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not valid JSON: {error}", hint=hint) from None
     if not isinstance(value, dict):
@@ -38,7 +41,18 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
         raise SourceError(f"{where}: expected a JSON object, found a {kind}", hint=hint)
     if _is_deeper_than(_MAX_DEPTH, value):
         raise SourceError(f"{where}: nested deeper than {_MAX_DEPTH} levels", hint=hint)
+    if _SURROGATE.search(text) and not _is_unicode(value):
+        raise SourceError(f"{where}: half of a surrogate pair stands in a text", hint=hint)
     return value
+
+
+def _is_unicode(value: object) -> bool:
+    """Whether every text can be written as UTF-8, which half of a pair in escapes cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_deeper_than(depth: int, value: object) -> bool:
@@ -64,5 +78,7 @@ def read_json_object(path: Path) -> dict[str, object]:
             raise SourceError(f"{path}: {size} bytes", hint=f"Expected at most {MAX_JSON_BYTES}.")
         data = path.read_bytes()
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}", hint="Check the path.") from error
+        raise SourceError(
+            f"{path}: {error.strerror}", hint=os_hint(error, "Check the path.")
+        ) from error
     return parse_json_object(data, str(path))

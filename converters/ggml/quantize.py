@@ -94,7 +94,9 @@ class Ggml:
             return raw.view(np.float32)
         convert = self._to_float.get(encoding)
         if convert is None:
-            raise UnsupportedError(f"ggml cannot decode {encoding.name}")
+            raise UnsupportedError(
+                f"ggml cannot decode {encoding.name}", hint="Give a file of another type."
+            )
         raw = np.ascontiguousarray(raw)
         elements = raw.shape[1] // encoding.block_bytes * encoding.block_elements
         values = np.empty((raw.shape[0], elements), np.float32)

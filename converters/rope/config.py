@@ -13,7 +13,7 @@ from math import isfinite
 
 import numpy as np
 
-from converters.errors import RopeError, UnsupportedError
+from converters.errors import RopeError, UnsupportedError, shown
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
 from converters.rope.parameters import FloatArray, Llama3Scaling, RopeParameters, ulp_distance
 
@@ -68,7 +68,7 @@ def read_config(config: Mapping[str, object], about: RopeContext) -> RopeParamet
         return _read_record(config, record, blocks, about)
     if kind not in SUPPORTED_KINDS:
         hint = _REFUSED_HINTS.get(kind, f"Supported are {', '.join(SUPPORTED_KINDS)}.")
-        raise UnsupportedError(f"{where}: RoPE of type {kind!r}", hint=hint)
+        raise UnsupportedError(f"{where}: RoPE of type {shown(kind)}", hint=hint)
     for name, block in blocks.items():
         _refuse_unknown(block, name, kind, where)
     theta, evidence = _theta(config, blocks, about)
@@ -159,7 +159,9 @@ def _blocks(config: Mapping[str, object], where: str) -> dict[str, Mapping[str, 
         if block is None:
             continue
         if not isinstance(block, Mapping):
-            raise RopeError(f"{where}: {name} is {block!r}", hint="Expected an object or null.")
+            raise RopeError(
+                f"{where}: {name} is {shown(block)}", hint="Expected an object or null."
+            )
         if any(isinstance(value, Mapping) for value in block.values()):
             raise UnsupportedError(
                 f"{where}: {name} gives RoPE by layer type",
@@ -183,14 +185,13 @@ def _kind(blocks: Mapping[str, Mapping[str, object]], where: str) -> str:
                 f"{where}: {name} has {', '.join(sorted(scales))} and no rope_type",
                 hint=f"Expected {name}.rope_type to name the kind, such as linear.",
             )
-    kinds = set(stated.values())
+    if (odd := next((v for v in stated.values() if not isinstance(v, str)), None)) is not None:
+        raise RopeError(f"{where}: RoPE type {shown(odd)}", hint="Expected a text such as linear.")
+    kinds = set(map(str, stated.values()))
     if len(kinds) > 1:
-        listed = ", ".join(f"{key} {value!r}" for key, value in stated.items())
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in stated.items())
         raise RopeError(f"{where}: contradictory RoPE types: {listed}", hint="Expected one type.")
-    kind = kinds.pop() if kinds else "default"
-    if not isinstance(kind, str):
-        raise RopeError(f"{where}: RoPE type {kind!r}", hint="Expected a string such as linear.")
-    return kind
+    return kinds.pop() if kinds else "default"
 
 
 def _refuse_unknown(block: Mapping[str, object], name: str, kind: str, where: str) -> None:
@@ -335,7 +336,7 @@ def _read_record(
     where = about.where
     nested = record["llama3"]
     if not isinstance(nested, Mapping):
-        raise RopeError(f"{where}: {_RECORD}.llama3 is {nested!r}", hint="Expected an object.")
+        raise RopeError(f"{where}: {_RECORD}.llama3 is {shown(nested)}", hint="Expected an object.")
     llama3 = read_llama3(nested, f"{_RECORD}.llama3", where)
     factor = number(record.get("factor"), f"{_RECORD}.factor", where, minimum=1.0)
     theta, evidence = _theta(config, blocks, about)
@@ -395,7 +396,7 @@ def _refuse_other_lists(
 
 def _float32_list(value: object, key: str, where: str) -> FloatArray:
     if not isinstance(value, list):
-        raise RopeError(f"{where}: {key} is {value!r}", hint="Expected a list of numbers.")
+        raise RopeError(f"{where}: {key} is {shown(value)}", hint="Expected a list of numbers.")
     numbers = [number(v, f"{key}[{i}]", where) for i, v in enumerate(value)]
     if any(v > float(np.finfo(np.float32).max) for v in numbers):
         raise RopeError(f"{where}: {key} holds numbers beyond float32", hint="Export again.")
@@ -405,11 +406,11 @@ def _float32_list(value: object, key: str, where: str) -> FloatArray:
 def number(value: object, key: str, where: str, *, minimum: float = 0.0) -> float:
     """``value`` as a float; ``RopeError`` unless it is finite and at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RopeError(f"{where}: {key} is {value!r}", hint="Expected a number.")
+        raise RopeError(f"{where}: {key} is {shown(value)}", hint="Expected a number.")
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise RopeError(f"{where}: {key} is too large", hint=f"Expected at most {MAX_INTEGER}.")
     if not isfinite(value) or value < minimum:
-        raise RopeError(f"{where}: {key} is {value!r}", hint=f"Expected at least {minimum:g}.")
+        raise RopeError(f"{where}: {key} is {shown(value)}", hint=f"Expected at least {minimum:g}.")
     return float(value)
 
 
@@ -430,6 +431,6 @@ def whole(config: Mapping[str, object], key: str, where: str, *, block: str = ""
         or value < 1
     ):
         raise RopeError(
-            f"{where}: {block}{key} is {value!r}", hint="Expected a positive whole number."
+            f"{where}: {block}{key} is {shown(value)}", hint="Expected a positive whole number."
         )
     return int(value)

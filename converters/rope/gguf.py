@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from converters.errors import RopeError, UnsupportedError
+from converters.errors import RopeError, UnsupportedError, shown
 from converters.rope.config import llama3_block, number, read_llama3, whole
 from converters.rope.contexts import ContextClaims, Evidence, resolve_contexts
 from converters.rope.parameters import (
@@ -83,7 +83,7 @@ def effective_rope(
     kind = keys.get(TYPE_KEY, "linear")
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         raise RopeError(
-            f"{where}: {TYPE_KEY} is {kind!r}, on which llama.cpp aborts",
+            f"{where}: {TYPE_KEY} is {shown(kind)}, on which llama.cpp aborts",
             hint=f"Expected one of {', '.join(KNOWN_TYPES)}.",
         )
     factor_key = FACTOR_KEY if FACTOR_KEY in keys else LEGACY_FACTOR_KEY

@@ -9,7 +9,7 @@ from converters.checkpoint import Checkpoint
 from converters.errors import SourceError
 from converters.sources.gguf import checkpoint_of_gguf, open_gguf
 from converters.sources.hub import is_hub_id, open_hub
-from converters.sources.huggingface import open_folder
+from converters.sources.huggingface import CONFIG, open_folder
 from converters.sources.lora import is_adapter, open_adapter
 
 __all__ = ["checkpoint_of_gguf", "open_checkpoint"]
@@ -43,10 +43,17 @@ def open_checkpoint(
             return open_folder(path, original_context=original_context)
         if path.suffix.lower() == ".gguf":
             return open_gguf(path, original_context=original_context)
-        raise SourceError(f"{reference} is neither a folder nor a .gguf file", hint=_FORMS)
+        raise SourceError(
+            f"{reference} is neither a folder nor a .gguf file",
+            hint=f"Give its folder: {path.parent}" if _is_checkpoint(path.parent) else _FORMS,
+        )
     if is_hub_id(reference) and path.suffix.lower() != ".gguf":
         return open_hub(reference, revision=revision, original_context=original_context)
     raise SourceError(f"{reference}: no such folder or file", hint=_FORMS)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
 
 
 def _exists(path: Path) -> bool:

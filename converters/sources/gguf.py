@@ -11,7 +11,7 @@ from converters.architectures.hparams import read_gguf_hparams
 from converters.architectures.spec import UNTIED, check_tensors
 from converters.checkpoint import Checkpoint, Origin
 from converters.containers.gguf import GgufFile, read_gguf_file
-from converters.errors import TensorError, TokenizerError, UnsupportedError
+from converters.errors import TensorError, TokenizerError, UnsupportedError, shown
 from converters.rope.gguf import DIVISORS_TENSOR, read_gguf
 from converters.rope.parameters import FloatArray, shortest_float32
 from converters.sources.card import card_of_gguf
@@ -85,7 +85,7 @@ def _hparams(file: GgufFile, architecture: Architecture, groups: frozenset[str])
     rotary = file.scoped_keys().get("rope.dimension_count", hparams.head_dim)
     if not isinstance(rotary, int) or rotary != hparams.head_dim:
         raise UnsupportedError(
-            f"{where}: rope.dimension_count is {rotary!r} of a head of {hparams.head_dim}",
+            f"{where}: rope.dimension_count is {shown(rotary)} of a head of {hparams.head_dim}",
             hint=f"{architecture.name} is supported with RoPE over the whole head only.",
         )
     return dataclasses.replace(hparams, norm_eps=shortest_float32(hparams.norm_eps))

@@ -14,7 +14,7 @@ from converters.architectures.spec import HuggingFaceSpelling, check_tensors
 from converters.checkpoint import Checkpoint, Origin
 from converters.containers.open_file import OpenFile
 from converters.containers.strict_json import read_json_object
-from converters.errors import SourceError, TensorError, UnsupportedError
+from converters.errors import SourceError, TensorError, UnsupportedError, shown
 from converters.rope import RopeParameters
 from converters.rope.config import RopeContext, read_config
 from converters.sources.buffers import check_frequency_buffers, is_frequency_buffer
@@ -125,7 +125,7 @@ def _rope(
     partial = config.get("partial_rotary_factor", 1)
     if partial not in (None, 1):
         raise UnsupportedError(
-            f"{where}: partial_rotary_factor is {partial!r}",
+            f"{where}: partial_rotary_factor is {shown(partial)}",
             hint=f"{architecture.name} is supported with RoPE over the whole head only.",
         )
     about = RopeContext(
@@ -154,7 +154,7 @@ def _window(config: Mapping[str, object], spelling: HuggingFaceSpelling, where: 
         switch = config.get(window.switch, False)
         if not isinstance(switch, bool):
             raise SourceError(
-                f"{where}: {window.switch} is {switch!r}", hint="Expected true or false."
+                f"{where}: {window.switch} is {shown(switch)}", hint="Expected true or false."
             )
         if not switch:
             return None
@@ -163,7 +163,7 @@ def _window(config: Mapping[str, object], spelling: HuggingFaceSpelling, where: 
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SourceError(
-            f"{where}: {window.key} is {value!r}",
+            f"{where}: {window.key} is {shown(value)}",
             hint="Expected a positive whole number, or null for no window.",
         )
     return value
@@ -177,7 +177,7 @@ def _flagged_groups(
     for flag, group in architecture.flags.items():
         value = config.get(flag, False)
         if not isinstance(value, bool):
-            raise SourceError(f"{where}: {flag} is {value!r}", hint="Expected true or false.")
+            raise SourceError(f"{where}: {flag} is {shown(value)}", hint="Expected true or false.")
         if value:
             groups.add(group)
     return frozenset(groups)

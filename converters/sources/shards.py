@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from converters.containers.safetensors import read_safetensors
 from converters.containers.strict_json import read_json_object
-from converters.errors import SourceError, TensorError, UnsupportedError
+from converters.errors import SourceError, TensorError, UnsupportedError, shown
 from converters.sources.pytorch_bin import read_pytorch
 from converters.tensor import Tensor
 
@@ -75,7 +75,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_inside(file):
             raise SourceError(
-                f"{index}: {name} is said to be in {file!r}, outside the folder",
+                f"{index}: {name} is said to be in {shown(file)}, outside the folder",
                 hint="Only names of files beside the index are read.",
             )
     return weight_map

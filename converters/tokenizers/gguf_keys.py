@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
 
-from converters.errors import TokenizerError, UnsupportedError
+from converters.errors import TokenizerError, UnsupportedError, shown
 from converters.tokenizers.pretokenizers import known_pre_tokenizers, pre_tokenizer_named
 from converters.tokenizers.vocabulary import TokenType, Vocabulary, VocabularyKind
 
@@ -87,12 +87,15 @@ def _kind(keys: Mapping[str, object], where: str) -> VocabularyKind:
     if not isinstance(model, str):
         raise TokenizerError(f"{where}: {_MODEL} is missing", hint="this GGUF has no tokenizer")
     if changed := [key for key in _CHANGES_TOKENS if key in keys]:
-        raise UnsupportedError(f"{where}: a tokenizer with {', '.join(changed)} is not supported")
+        raise UnsupportedError(
+            f"{where}: a tokenizer with {', '.join(changed)} is not supported",
+            hint="supported are tokenizers that do not change characters",
+        )
     for kind in VocabularyKind:
         if kind.value == model:
             return kind
     raise UnsupportedError(
-        f"{where}: {_MODEL} is {model!r}",
+        f"{where}: {_MODEL} is {shown(model)}",
         hint="supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)",
     )
 
@@ -140,7 +143,7 @@ class _Reader:
     def _take(self, key: str, kind: type) -> object:
         value = self._left.pop(key, None)
         if value is not None and not isinstance(value, kind):
-            self._problems.append(f"{key} is {value!r}, expected {kind.__name__}")
+            self._problems.append(f"{key} is {shown(value)}, expected {kind.__name__}")
             return None
         return value
 
@@ -170,12 +173,12 @@ class _Reader:
             return "default"  # llama.cpp reads no pre-tokenizer for SentencePiece
         if not value or value == "default":
             self._problems.append(
-                f"{_PRE} is {value!r}: the splitting of a BPE tokenizer must be named"
+                f"{_PRE} is {shown(value)}: the splitting of a BPE tokenizer must be named"
             )
             return ""
         if pre_tokenizer_named(value) is None:
             self._problems.append(
-                f"{_PRE} is {value!r}, expected one of {', '.join(known_pre_tokenizers())}"
+                f"{_PRE} is {shown(value)}, expected one of {', '.join(known_pre_tokenizers())}"
             )
         return value
 
@@ -200,7 +203,7 @@ class _Reader:
             value = self._left.pop(key)
             name = key.removeprefix(_ID_PREFIX).removesuffix(_ID_SUFFIX)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-                self._problems.append(f"{key} is {value!r}, expected an id under {size}")
+                self._problems.append(f"{key} is {shown(value)}, expected an id under {size}")
             else:
                 ids[_SEPARATOR if name == _GGUF_SEPARATOR else name] = value
         return ids

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.errors import TokenizerError, UnsupportedError
+from converters.errors import TokenizerError, UnsupportedError, shown
 from converters.tokenizers.postprocessor import Template, read_post_processor
 from converters.tokenizers.pretokenizers import (
     PreTokenizer,
@@ -126,7 +126,7 @@ class _Source:
             text = entry.get("content") if isinstance(entry, dict) else None
             if not isinstance(text, str):
                 raise TokenizerError(
-                    f"{own}: added_tokens has {entry!r}",
+                    f"{own}: added_tokens has {shown(entry)}",
                     hint="expected objects with id and content",
                 )
             number = checked_id(entry.get("id"), text, own)
@@ -183,7 +183,10 @@ def _from_tokenizer_json(source: _Source, tokenizer: dict[str, object]) -> Vocab
         raise UnsupportedError(f"{where}: its algorithm is {kind}", hint="supported is BPE")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UnsupportedError(f"{where}: a BPE model with {key} is not supported")
+            raise UnsupportedError(
+                f"{where}: a BPE model with {key} is not supported",
+                hint=f"llama.cpp has no {key}; only a tokenizer without it can be exported",
+            )
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise TokenizerError(f"{where}: a BPE model needs vocab and merges", hint=DAMAGED)
@@ -191,9 +194,9 @@ def _from_tokenizer_json(source: _Source, tokenizer: dict[str, object]) -> Vocab
     added = source.added()
     source.check_size(max((*vocab.values(), *added), default=-1) + 1)
     if model.get("byte_fallback") and byte_token(0) in vocab:
-        return _sentencepiece_json(source, tokenizer, vocab, _pairs(merges, where))
+        return _sentencepiece_json(source, tokenizer, vocab, _pairs(merges, vocab, where))
     row = recognise(tokenizer, cleans_spaces=source.settings.cleans_spaces, where=where)
-    return _byte_level(source, row, vocab, _joined(merges, where))
+    return _byte_level(source, row, vocab, _joined(merges, vocab, where))
 
 
 def _from_vocab_and_merges(source: _Source) -> Vocabulary:
@@ -212,7 +215,7 @@ def _from_vocab_and_merges(source: _Source) -> Vocabulary:
         line.rstrip("\r") for line in lines if line.strip() and line[:8] != "#version"
     ]
     source.check_size(max((*ids.values(), *source.settings.added), default=-1) + 1)
-    return _byte_level(source, row, ids, _joined(merges, f"{source.where}/merges.txt"))
+    return _byte_level(source, row, ids, _joined(merges, ids, f"{source.where}/merges.txt"))
 
 
 def _byte_level(
@@ -290,12 +293,14 @@ def _space_prefix(tokenizer: Mapping[str, object], where: str) -> bool | None:
     elif node is None and normalizer in ("Prepend+Replace", "Replace"):
         return False if normalizer == "Replace" else None
     raise UnsupportedError(
-        f"{where}: its normalizer {normalizer} with pre-tokenizer {node!r} is not SentencePiece's",
+        f"{where}: its normalizer {normalizer} with pre-tokenizer {shown(node)} is not"
+        " SentencePiece's",
         hint="expected Prepend and Replace of ▁, or Metaspace",
     )
 
 
-def _pairs(merges: list[object], where: str) -> list[tuple[str, str]]:
+def _pairs(merges: list[object], vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
+    """Merges as pairs of tokens that join to a token; ``TokenizerError`` for any other."""
     pairs = []
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -305,18 +310,24 @@ def _pairs(merges: list[object], where: str) -> list[tuple[str, str]]:
             or not all(isinstance(part, str) for part in parts)
         ):
             raise TokenizerError(
-                f"{where}: merge {merge!r} does not have two parts", hint=_MERGE_HINT
+                f"{where}: merge {shown(merge)} does not have two parts", hint=_MERGE_HINT
             )
-        pairs.append((parts[0], parts[1]))
+        left, right = parts
+        if not (left in vocab and right in vocab and left + right in vocab):
+            missing = next(text for text in (left, right, left + right) if text not in vocab)
+            raise TokenizerError(
+                f"{where}: merge {shown(merge)}: {shown(missing)} is no token", hint=DAMAGED
+            )
+        pairs.append((left, right))
     return pairs
 
 
-def _joined(merges: list[object], where: str) -> tuple[str, ...]:
+def _joined(merges: list[object], vocab: Mapping[str, int], where: str) -> tuple[str, ...]:
     """Merges as GGUF writes them, ``left right``."""
-    joined = tuple(" ".join(pair) for pair in _pairs(merges, where))
+    joined = tuple(" ".join(pair) for pair in _pairs(merges, vocab, where))
     if bad := next((merge for merge in joined if merge.count(" ") != 1), None):
         raise TokenizerError(
-            f"{where}: merge {bad!r} does not have two parts without spaces", hint=_MERGE_HINT
+            f"{where}: merge {shown(bad)} does not have two parts without spaces", hint=_MERGE_HINT
         )
     return joined
 
@@ -380,7 +391,8 @@ def _special_ids(
     if template.first and named.setdefault("bos", template.first) != template.first:
         raise UnsupportedError(
             f"{source.where}: its template puts {template.first!r} first, "
-            f"bos_token is {named['bos']!r}"
+            f"bos_token is {named['bos']!r}",
+            hint="make them one in tokenizer_config.json: GGUF has one token for both",
         )
     if template.last and named.setdefault("eos", template.last) != template.last:
         if named["eos"] not in ids:

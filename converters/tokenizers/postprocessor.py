@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from converters.errors import UnsupportedError
+from converters.errors import UnsupportedError, shown
+
+_HINT = "supported are ByteLevel, and TemplateProcessing with at most one token on either side"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ def read_post_processor(node: object, where: str) -> Template:
     if node is None:
         return Template()
     if not isinstance(node, Mapping):
-        raise UnsupportedError(f"{where}: post_processor is {node!r}")
+        raise UnsupportedError(f"{where}: post_processor is {shown(node)}", hint=_HINT)
     match node.get("type"):
         case "ByteLevel":
             return Template(add_bos=False, add_eos=False)
@@ -41,7 +43,7 @@ def read_post_processor(node: object, where: str) -> Template:
             return template
     raise UnsupportedError(
         f"{where}: post-processor {node.get('type')} is not supported",
-        hint="supported are ByteLevel and TemplateProcessing with one token before and after",
+        hint=_HINT,
     )
 
 
@@ -58,13 +60,14 @@ def _single(node: Mapping[str, object], where: str) -> Template:
     items = node.get("single")
     names = [_piece(item) for item in items] if isinstance(items, list) else []
     if names.count(None) != 1:
-        raise UnsupportedError(f"{where}: its template for one text is {items!r}")
+        raise UnsupportedError(f"{where}: its template for one text is {shown(items)}", hint=_HINT)
     text = names.index(None)
     before, after = names[:text], names[text + 1 :]
     if len(before) > 1 or len(after) > 1:
         raise UnsupportedError(
             f"{where}: its template puts {len(before)} tokens before a text and {len(after)} "
-            "after it; GGUF can say one of each"
+            "after it; GGUF can say one of each",
+            hint=_HINT,
         )
     return Template(
         add_bos=bool(before),  # a template without BOS says that there is none

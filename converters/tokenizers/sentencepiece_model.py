@@ -86,7 +86,8 @@ def _refuse(trainer: dict[int, object], normalizer: dict[int, object], where: st
         problems.append("it does not escape spaces (escape_whitespaces)")
     if problems:
         raise UnsupportedError(
-            f"{where}: llama.cpp cannot reproduce this SentencePiece model: " + "; ".join(problems)
+            f"{where}: llama.cpp cannot reproduce this SentencePiece model: " + "; ".join(problems),
+            hint="supported are BPE models with byte fallback that take a text as it is",
         )
 
 

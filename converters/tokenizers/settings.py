@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from converters.containers.strict_json import parse_json_object
-from converters.errors import SourceError, TokenizerError
+from converters.errors import SourceError, TokenizerError, shown
 
 T = TypeVar("T")
 
@@ -100,7 +100,8 @@ def checked_id(value: object, text: object, where: str) -> int:
     """``value`` as the id of the token ``text``; raises TokenizerError for anything but one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise TokenizerError(
-            f"{where}: token {text!r} has id {value!r}", hint="expected a whole number from 0 on"
+            f"{where}: token {shown(text)} has id {shown(value)}",
+            hint="expected a whole number from 0 on",
         )
     return value
 
@@ -123,7 +124,9 @@ def optional(values: Mapping[str, object], key: str, kind: type[T], where: str) 
     if value is None:
         return None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TokenizerError(f"{where}: {key} is {value!r}, expected {kind.__name__}", hint=DAMAGED)
+        raise TokenizerError(
+            f"{where}: {key} is {shown(value)}, expected {kind.__name__}", hint=DAMAGED
+        )
     return value
 
 
@@ -178,7 +181,9 @@ def _other_special(values: Mapping[str, object], where: str) -> list[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         found = values.get(key)
         if found is not None and not isinstance(found, list | dict):
-            raise TokenizerError(f"{where}: {key} is {found!r}", hint="expected a list of tokens")
+            raise TokenizerError(
+                f"{where}: {key} is {shown(found)}", hint="expected a list of tokens"
+            )
         listed = found.values() if isinstance(found, dict) else found
         texts += map(_text, listed or [])
     return [text for text in texts if text is not None]
@@ -208,7 +213,7 @@ def _added_tokens(
         content = entry.get("content") if isinstance(entry, dict) else None
         if not re.fullmatch(r"[0-9]{1,10}", key) or not isinstance(content, str):
             raise TokenizerError(
-                f"{own}: added_tokens_decoder has an entry {key!r}: {entry!r}",
+                f"{own}: added_tokens_decoder has an entry {shown(key)}: {shown(entry)}",
                 hint="expected an id, and an object with the token's content",
             )
         added[int(key)] = AddedToken(int(key), content, special=bool(entry.get("special")))

@@ -187,7 +187,10 @@ def _post_processor(vocabulary: Vocabulary) -> dict[str, object] | None:
 def _around(vocabulary: Vocabulary, name: str) -> tuple[str, int]:
     token_id = vocabulary.special_ids.get(name)
     if token_id is None:
-        raise UnsupportedError(f"the tokenizer adds {name} to each text and names no {name} token")
+        raise UnsupportedError(
+            f"the tokenizer adds {name} to each text and names no {name} token",
+            hint="correct the source's tokenizer: name the token, or say that it is not added",
+        )
     return vocabulary.tokens[token_id], token_id
 
 

@@ -43,7 +43,9 @@ def describe_onnx(path: Path) -> Description:
     export = open_export(path)
     readable = [graph for graph in export.graphs if graph.file is not None]
     if not readable:
-        raise export.graphs[0].problem or SourceError(f"{path}: no graph can be read")
+        raise export.graphs[0].problem or SourceError(
+            f"{path}: no graph can be read", hint="`pi-convert check` tells why."
+        )
     graph, file = readable[0], readable[0].file
     assert file is not None  # noqa: S101
     groups = tuple(_groups(graph, file))

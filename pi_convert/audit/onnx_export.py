@@ -38,7 +38,7 @@ class Graph:
     def tables(self) -> Tables | SourceError:
         """The cos and sin tables, or why there are none."""
         if self.file is None:
-            return SourceError("the graph cannot be read")
+            return SourceError("the graph cannot be read", hint="Export it again.")
         try:
             return stored_tables(self.file)
         except SourceError as error:

@@ -73,7 +73,7 @@ def _unreadable(export: OnnxExport) -> Iterator[Finding]:
 
 def _of_graph(export: OnnxExport, graph: Graph) -> Iterator[Finding]:
     if graph.file is None:
-        problem = graph.problem or ConvertError("it cannot be read")
+        problem = graph.problem or ConvertError("it cannot be read", hint=_AGAIN)
         yield wrong("file.readable", problem.message, "a whole graph and its weights", problem.hint)
         return
     for rule in RULES:

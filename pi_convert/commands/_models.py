@@ -270,7 +270,10 @@ def _beside(path: Path) -> tuple[Mapping[str, object], _Encoder]:
     config = read_json_object(folder / "config.json")
     rows = config.get("vocab_size")
     if not isinstance(rows, int):
-        raise SourceError(f"{folder / 'config.json'}: vocab_size is {rows!r}")
+        raise SourceError(
+            f"{folder / 'config.json'}: vocab_size is {rows!r}",
+            hint="Expected the number of tokens; export the folder again.",
+        )
     return config, _Encoder(read_tokenizer(folder, rows, config=config))
 
 

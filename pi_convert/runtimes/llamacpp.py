@@ -30,6 +30,7 @@ _FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # enum llama_flash_attn_type
 _STRING_OVERRIDE, _FLOAT_OVERRIDE = 3, 1  # enum llama_model_kv_override_type
 _ALL_LAYERS = 999
 _LOG_LINES = 40
+_CHECK_HINT = "`pi-convert check` tells what is wrong with the file."
 _ERROR_LEVEL = 4  # enum ggml_log_level
 _CONTINUED_LEVEL = 5
 _CHILD_SECONDS = 600  # to read every weight once: 60 GB from a disk of 100 MB/s
@@ -110,7 +111,7 @@ class LlamaCppModel(Closing):
                 )
             raise SourceError(
                 f"{path}: llama.cpp cannot load it: {reason}",
-                hint="`pi-convert check` tells what is wrong with the file.",
+                hint=_CHECK_HINT,
             )
         self._vocab = api.llama_model_get_vocab(self._model)
         self.vocabulary = int(api.llama_vocab_n_tokens(self._vocab))
@@ -170,7 +171,8 @@ class LlamaCppSession(Closing):
         if code != 0:
             raise SourceError(
                 f"{self._owner.path}: llama.cpp cannot evaluate {count} tokens at position"
-                f" {position} (code {code}): {_log().errors()}"
+                f" {position} (code {code}): {_log().errors()}",
+                hint=_CHECK_HINT,
             )
         if not logits:
             return None
@@ -207,7 +209,9 @@ class LlamaCppTokenizer(Closing):
         params.vocab_only = True
         self._model = api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise SourceError(f"{path}: llama.cpp cannot load its tokenizer: {log.errors()}")
+            raise SourceError(
+                f"{path}: llama.cpp cannot load its tokenizer: {log.errors()}", hint=_CHECK_HINT
+            )
         self._vocab = api.llama_model_get_vocab(self._model)
         self._room = 1 << 16
 

@@ -22,6 +22,7 @@ _ROWS = 4096  # compared at once
 # twice that where the float32 values it rounds lie on either side of a middle.
 TABLE_TOLERANCE = {"float32": 1.5e-7, "float16": 5e-4}
 
+_HINT = "Export it again: pi-convert export MODEL --to onnx --scale S"
 # operator -> which inputs are the cos and the sin table
 _ROTATING = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
 _STANDARD_ROTARY = (1, 2)  # ai.onnx's RotaryEmbedding of opset 23
@@ -79,12 +80,14 @@ def stored_tables(file: OnnxFile) -> Tables:
             pairs.add(pair)
     if len(pairs) != 1:
         found = "no cos and sin tables" if not pairs else f"{len(pairs)} pairs of tables"
-        raise SourceError(f"{file.path.name}: {found}, expected one for all layers")
+        raise SourceError(f"{file.path.name}: {found}, expected one for all layers", hint=_HINT)
     ((cos, sin),) = pairs
     for name in (cos, sin):
         tensor = file.tensors.get(name)
         if tensor is None:
-            raise SourceError(f"{file.path.name}: the table {name} is computed, not stored")
+            raise SourceError(
+                f"{file.path.name}: the table {name} is computed, not stored", hint=_HINT
+            )
         if (
             tensor.dtype.name not in TABLE_TOLERANCE
             or len(tensor.shape) != 2
@@ -92,11 +95,14 @@ def stored_tables(file: OnnxFile) -> Tables:
         ):
             raise SourceError(
                 f"{file.path.name}: {name} is {tensor.dtype.name} {list(tensor.shape)}, expected"
-                " float32 or float16 (positions, rotary_dim / 2)"
+                " float32 or float16 (positions, rotary_dim / 2)",
+                hint=_HINT,
             )
     cos_table, sin_table = file.tensors[cos].read(), file.tensors[sin].read()
     if cos_table.shape != sin_table.shape or cos_table.dtype != sin_table.dtype:
-        raise SourceError(f"{file.path.name}: {cos} and {sin} are not of one shape and type")
+        raise SourceError(
+            f"{file.path.name}: {cos} and {sin} are not of one shape and type", hint=_HINT
+        )
     return Tables(cos, sin, cos_table, sin_table)
 
 

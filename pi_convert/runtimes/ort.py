@@ -82,7 +82,10 @@ class OrtModel(Closing):
         """
         if position not in self._sessions:
             if self._tables is None:
-                raise SourceError(f"{self._path}: without tables no window can start at {position}")
+                raise SourceError(
+                    f"{self._path}: without tables no window can start at {position}",
+                    hint="Export it again: pi-convert export MODEL --to onnx --scale S",
+                )
             shifted = self._tables.shifted(position)
             self._sessions[position] = _Loaded.of(self._path, self._options, shifted)
         return self._sessions[position]
@@ -181,7 +184,8 @@ class OrtSession(Closing):
             session.run_with_iobinding(binding)
         except Exception as error:  # see ``OrtModel``
             raise SourceError(
-                f"ONNX Runtime cannot evaluate {len(tokens)} tokens: {_first_line(error)}"
+                f"ONNX Runtime cannot evaluate {len(tokens)} tokens: {_first_line(error)}",
+                hint="`pi-convert check` tells what is wrong with the file.",
             ) from error
         found, *present = binding.get_outputs()
         self._past = dict(zip(self._past, present, strict=True))

@@ -39,7 +39,9 @@ class FolderTokenizer:
         try:
             return cls(Tokenizer.from_str(content))
         except Exception as error:  # tokenizers raises Exception itself
-            raise SourceError(f"{_TOKENIZER} cannot be read: {error}") from error
+            raise SourceError(
+                f"{_TOKENIZER} cannot be read: {error}", hint="Export the folder again."
+            ) from error
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``."""

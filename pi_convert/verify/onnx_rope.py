@@ -264,7 +264,10 @@ class _Identity:
     def tables_of(self, frequencies: FloatArray) -> Tables:
         """The file's tables made of other frequencies, in its own type."""
         if frequencies.shape != self._tables.cos.shape[1:]:
-            raise SourceError(f"the tables have {self._tables.cos.shape[1]} columns")
+            raise SourceError(
+                f"the tables have {self._tables.cos.shape[1]} columns",
+                hint=f"Expected {len(frequencies)}, one for each frequency.",
+            )
         cos, sin = right_tables(self._tables, frequencies, self.attention)
         return Tables(self._tables.cos_name, self._tables.sin_name, cos, sin)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import EnvironmentNotReadyError
+from converters.errors import EnvironmentNotReadyError, TokenizerError
 from converters.tokenizers import TokenType, Vocabulary, VocabularyKind, build_tokenizer_files
 from converters.tokenizers.pretokenizers import byte_alphabet, pre_tokenizer_named
 from converters.tokenizers.tokenizer_json import adds
@@ -67,7 +67,13 @@ def _from_tokenizers(
     from tokenizers import Tokenizer
 
     notes = _as_llama_cpp_can(tokenizer, vocabulary)
-    backend = Tokenizer.from_str(json.dumps(tokenizer))
+    try:
+        backend = Tokenizer.from_str(json.dumps(tokenizer))
+    except Exception as error:  # it raises no other kind
+        raise TokenizerError(
+            f"the tokenizers library cannot read the source's tokenizer.json: {error}",
+            hint="The file is damaged or was edited by hand; fetch it again.",
+        ) from error
     # The post-processor says what is added, unless tokenizer_config.json does.
     flags = any(isinstance(config.get(f"add_{name}_token"), bool) for name in ("bos", "eos"))
     silent = tokenizer.get("post_processor") is None or flags

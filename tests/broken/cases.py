@@ -204,11 +204,19 @@ def _gguf(change: Callable[[bytes], bytes] | None = None, **keys: Any) -> Callab
     return build
 
 
-def _lying_offset(data: bytes) -> bytes:
-    """The offset of the final norm, moved past the end of the file."""
+def _in_info_of_the_final_norm(data: bytes, after: int, value: bytes) -> bytes:
     name = b"output_norm.weight"
-    at = data.index(name) + len(name) + 4 + 8 + 4  # after axes, one axis and type
-    return data[:at] + struct.pack("<Q", 1 << 40) + data[at + 8 :]
+    at = data.index(name) + len(name) + after
+    return data[:at] + value + data[at + len(value) :]
+
+
+def _lying_offset(data: bytes) -> bytes:
+    """The offset, which follows axes, one axis and the type, past the end of the file."""
+    return _in_info_of_the_final_norm(data, 4 + 8 + 4, struct.pack("<Q", 1 << 40))
+
+
+def _unknown_tensor_type(data: bytes) -> bytes:
+    return _in_info_of_the_final_norm(data, 4 + 8, struct.pack("<I", 4096))
 
 
 CASES = (
@@ -254,6 +262,7 @@ CASES = (
     Case("factor and no type", _scaling(factor=8.0), ("rope_scaling has factor and no rope_type",)),
     Case("unknown type", _scaling(type="ntk", factor=8.0), ("RoPE of type 'ntk'",)),
     Case("type is a number", _scaling(rope_type=3, factor=8.0), ("RoPE type 3",)),
+    Case("type is a list", _scaling(type=["linear"], factor=8.0), ("RoPE type ['linear']",)),
     *(
         Case(f"type {kind}", _scaling(rope_type=kind, factor=8.0), (f"RoPE of type '{kind}'",))
         for kind in ("dynamic", "yarn", "longrope")
@@ -286,6 +295,8 @@ CASES = (
          ("max_position_embeddings is",)),
     Case("RoPE over half a head", _config(partial_rotary_factor=0.5),
          ("partial_rotary_factor is 0.5",)),
+    Case("a value of a million characters", _config(rope_theta="1" * 10**6),
+         ("rope_theta is '111", "…")),
     Case("no context", _config(max_position_embeddings=None),
          ("max_position_embeddings is missing",)),
     Case("context is a fraction", _config(max_position_embeddings=128.5),
@@ -347,6 +358,12 @@ CASES = (
          ("tokenizer.json", "merge 1 does not have two parts")),
     Case("merges are pairs of numbers", _vocab(lambda t: t["model"].update(merges=[[1, 2]])),
          ("tokenizer.json", "merge [1, 2] does not have two parts")),
+    Case("merge of what is no token",
+         _vocab(lambda t: t["model"]["merges"].append(["a", "nonsense"])),
+         ("tokenizer.json", "'nonsense' is no token")),
+    Case("half of a surrogate pair",
+         _json_file("tokenizer_config.json", chat_template="\ud83d alone"),
+         ("tokenizer_config.json", "half of a surrogate pair")),
     *(
         Case(f"tokenizer.json {depth} deep", _extra_file("tokenizer.json",
              b'{"model":' + b"[" * depth + b"]" * depth + b"}"), ("tokenizer.json",))
@@ -380,6 +397,10 @@ CASES = (
          ("rope.scaling.attn_factor is 0",)),
     Case("GGUF with a string factor", _gguf(llama__rope__scaling__factor="8"),
          ("rope.scaling.factor is '8'",)),
+    Case("GGUF with an array for a number", _gguf(llama__embedding_length=[7] * 5000),
+         ("embedding_length is array([7, 7, 7",)),
+    Case("GGUF with a tensor type that is none", _gguf(_unknown_tensor_type),
+         ("tensor output_norm.weight: tensor type 4096",)),
     Case("GGUF with an unknown pre-tokenizer", _gguf(tokenizer__ggml__pre="nonsense"),
          ("tokenizer.ggml.pre is 'nonsense'",)),
     Case("GGUF part of several", _gguf(split__count=2), ("one of 2 parts",)),

@@ -25,6 +25,7 @@ def test_opening_or_writing_is_one_clear_error(tmp_path: Path, case: Case) -> No
     for text in case.says:
         assert text in error.value.message
     assert "\n" not in error.value.message
+    assert len(error.value.message) < 1000
     assert error.value.hint
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from converters.architectures.hparams import write_gguf_hparams
 from converters.checkpoint import Checkpoint, ModelCard
 from converters.containers.gguf import ARCHITECTURE_KEY, ValueType
-from converters.errors import SourceError
+from converters.errors import SourceError, shown
 from converters.rope.config import LLAMA3_FACTORS
 from converters.rope.gguf import LLAMA3_RECORD, RECORD_PREFIX, write_llama3_record
 from converters.rope.gguf import write_gguf as write_gguf_rope
@@ -125,7 +125,7 @@ def _setting(value: float, key: str, kind: ValueType) -> float:
     if not abs(value) <= largest or (kind is ValueType.INT32 and value != int(value)):
         wanted = "a whole number" if kind is ValueType.INT32 else "a number"
         raise SourceError(
-            f"{_GENERATION_CONFIG}: {key} is {value!r}",
+            f"{_GENERATION_CONFIG}: {key} is {shown(value)}",
             hint=f"Expected {wanted} of 32 bits; correct the file or remove it.",
         )
     return int(value) if kind is ValueType.INT32 else value

@@ -25,7 +25,7 @@ from converters.containers.gguf import (
 )
 from converters.containers.gguf_header import encode_key
 from converters.content_hash import tensor_hash
-from converters.errors import OutputError, SourceError
+from converters.errors import OutputError, SourceError, shown
 from converters.files import atomic_file, require_free_space
 from converters.progress import Progress, silent
 
@@ -34,6 +34,7 @@ KeyValue = str | int | float | bool
 _PREAMBLE_BYTES = 24  # magic, version, number of tensors, number of keys
 _KEY_COUNT_OFFSET = 16
 _COPY_BYTES = 64 << 20
+_BUG = "This is a bug in pi-convert; nothing was written."
 # What copy_file_range gives where the file systems cannot do it; then bytes are read and written.
 _NO_KERNEL_COPY = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -172,7 +173,10 @@ def _end_of_infos(raw: bytes, position: int, tensors: int) -> int:
 def _record(key: str, value: KeyValue) -> bytes:
     """A key as stored; llama.cpp reads no whole number of another width than 32 bits."""
     if not isinstance(value, bool) and isinstance(value, int) and not 0 <= value < 2**32:
-        raise OutputError(f"{key} = {value} does not fit the 32 bits that llama.cpp reads")
+        raise OutputError(
+            f"{key} = {value} does not fit the 32 bits that llama.cpp reads",
+            hint="Give a smaller scale or --original-context.",
+        )
     return encode_key(key, value)
 
 
@@ -218,13 +222,15 @@ def _compare(
     expected = {key: value for key, value in source.keys.items() if key not in changes}
     expected |= {key: _stored(value) for key, value in changes.items() if value is not None}
     if written.keys.keys() != expected.keys():
-        raise OutputError("the keys that were written are not those that were meant")
+        raise OutputError("the keys that were written are not those that were meant", hint=_BUG)
     for key, value in expected.items():
         retyped = key not in changes and written.key_types[key] != source.key_types[key]
         if retyped or not _same_bits(written.keys[key], value):
-            raise OutputError(f"{key} reads back as {written.keys[key]!r}, not {value!r}")
+            raise OutputError(
+                f"{key} reads back as {shown(written.keys[key])}, not {shown(value)}", hint=_BUG
+            )
     if list(written.tensors) != list(source.tensors):
-        raise OutputError("the tensors that were written are not the source's")
+        raise OutputError("the tensors that were written are not the source's", hint=_BUG)
     return _compare_tensors(source, written, progress)
 
 

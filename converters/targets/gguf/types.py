@@ -145,7 +145,10 @@ def _encoding(name: str | None) -> Encoding:
     try:
         return ENCODINGS[name.lower()]
     except KeyError:
-        raise UnsupportedError(f"llama.cpp chose the type {name}, which is not known") from None
+        raise UnsupportedError(
+            f"llama.cpp chose the type {name}, which is not known",
+            hint="`pi-convert quants` lists the types that can be written.",
+        ) from None
 
 
 def _dry_run(path: Path, file_type: int) -> str:

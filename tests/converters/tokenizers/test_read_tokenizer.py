@@ -165,7 +165,14 @@ def test_vocab_and_merges_alone_need_a_class_that_fixes_the_splitting(tmp_path: 
         ({"end_of_word_suffix": "</w>"}, UnsupportedError, "end_of_word_suffix"),
         ({"dropout": 0.1}, UnsupportedError, "dropout"),
         ({"merges": None}, TokenizerError, "vocab and merges"),
-        ({"merges": [["a", "b c"]]}, TokenizerError, "a b c"),
+        ({"merges": [["a", "b c"]]}, TokenizerError, "'b c' is no token"),
+        ({"merges": [["a", "zzzz"]]}, TokenizerError, "'zzzz' is no token"),
+        ({"merges": ["a \u0120the"]}, TokenizerError, "'a\u0120the' is no token"),
+        (
+            {"vocab": {"a": 0, "b c": 1, "ab c": 2}, "merges": [["a", "b c"]]},
+            TokenizerError,
+            "merge 'a b c' does not have two parts without spaces",
+        ),
     ],
 )
 def test_models_that_cannot_be_expressed(

@@ -316,11 +316,11 @@ def test_ctrl_c_stops_the_pool_and_leaves_nothing(
     checkpoint = opened(tmp_path / "m", shape=WIDE2)
     monkeypatch.setattr(stream, "CHUNK_ELEMENTS", 256)
     interrupted = threading.Event()
-    chunks_after = []
+    shares = [0.0]
 
     def progress(stage: str, done: int, total: int) -> None:
         if interrupted.is_set():
-            chunks_after.append(done)
+            shares.append(done / total)
         else:
             interrupted.set()
             _thread.interrupt_main()
@@ -329,7 +329,7 @@ def test_ctrl_c_stops_the_pool_and_leaves_nothing(
     threads_before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         export(checkpoint, tmp_path / "out", "q4_k_m", threads=2, progress=progress)
-    assert len(chunks_after) < 300  # of thousands; a loaded machine wakes the main thread late
+    assert max(shares) < 0.5  # a loaded machine wakes the main thread seconds late
     assert threading.active_count() == threads_before
     assert not (tmp_path / "out").exists()
 
