@@ -375,7 +375,7 @@ ELSEWHERE = {"file.readable", "file.architecture", "tensors.offset", "tensors.tr
 
 def test_every_finding_is_documented_and_tested() -> None:
     repository = Path(__file__).parents[3]
-    document = (repository / "docs" / "check.md").read_text("utf-8")
+    document = (repository / "docs" / "check.md").read_text("utf-8").split("## ONNX")[0]
     documented = set(re.findall(r"^\| `([a-z0-9.-]+)` \|", document, re.MULTILINE))
     assert documented == {fault[0] for fault in FAULTS} | ELSEWHERE
     rules = set(re.findall(r"`([a-z.-]+)`", document.split("### File")[0].split("own id")[1]))

@@ -44,7 +44,7 @@ def test_this_installation_works() -> None:
     assert found["base_works"] is True
     packages = {package["name"]: package for package in found["packages"]}
     assert packages["numpy"]["extras"] == ["base"]
-    assert packages["torch"]["extras"] == ["demo", "verify"]
+    assert packages["torch"]["extras"] == ["demo", "finetune", "verify"]
     assert packages["numpy"]["version"] == importlib.metadata.version("numpy")
     assert found["ggml"]["package_version"] == importlib.metadata.version("llama-cpp-python")
     assert found["ggml"]["commit"]

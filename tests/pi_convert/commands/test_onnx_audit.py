@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from converters.sources import open_checkpoint
 from converters.targets.onnx import GraphOptions, plan_onnx, write_onnx
 from pi_convert import cli
+from pi_convert.audit import onnx_rules
 from pi_convert.audit.findings import Severity
 from pi_convert.audit.onnx_description import describe_onnx
 from pi_convert.audit.onnx_rules import audit_onnx
@@ -133,6 +136,10 @@ def genai_sizes(folder: Path) -> None:
     edit_json(folder / "genai_config.json", lambda c: c["model"]["decoder"].update(head_size=32))
 
 
+def genai_without_decoder(folder: Path) -> None:
+    edit_json(folder / "genai_config.json", lambda c: c["model"].pop("decoder"))
+
+
 def damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -166,6 +173,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (string_factor, "rope.config"),
         (damaged_config, "folder.readable"),
         (shorter_genai, "clients.genai.context"),
+        (genai_without_decoder, "clients.genai"),
         (genai_file, "clients.genai.file"),
         (genai_names, "clients.genai.names"),
         (genai_sizes, "clients.genai.sizes"),
@@ -268,9 +276,44 @@ def no_tokenizer(file: EditableOnnx) -> None:
     file.removed.add("tokenizer.json")
 
 
+def unrecorded(file: EditableOnnx) -> None:
+    file.remove_property("pi_convert.data.sha256")
+
+
+def no_tables(file: EditableOnnx) -> None:
+    """Angles computed in the graph, as an exporter by tracing leaves them."""
+    table = next(t for t in file.model.graph.initializer if t.name == "cos_cache")
+    table.name = "cos_of_angles"
+    file.model.graph.node.insert(
+        0, onnx.helper.make_node("Identity", ["cos_of_angles"], ["cos_cache"])
+    )
+
+
+def no_config(file: EditableOnnx) -> None:
+    file.removed.add("config.json")
+
+
+def no_mask(file: EditableOnnx) -> None:
+    for value in file.model.graph.input:
+        if value.name == "attention_mask":
+            value.name = "mask"
+    for node in file.model.graph.node:
+        node.input[:] = ["mask" if name == "attention_mask" else name for name in node.input]
+
+
+def foreign_operator(file: EditableOnnx) -> None:
+    for node in file.nodes("RMSNormalization"):
+        node.op_type = "SimplifiedLayerNormalization"
+
+
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
+        (unrecorded, "data.unseen"),
+        (no_tables, "rope.tables.unseen"),
+        (no_config, "rope.config.missing"),
+        (no_mask, "clients.inputs"),
+        (foreign_operator, "graph.operators"),
         (plain_attention, "padding.left"),
         (symbolic, "clients.head-dim"),
         (unannounced, "clients.transformers-js"),
@@ -282,6 +325,24 @@ def test_what_a_client_would_miss_is_noted(
 ) -> None:
     graph = edit_onnx(two / "onnx" / "model.onnx", tmp_path / "w", change)
     assert finding in ids(graph, Severity.NOTE)
+
+
+def test_a_data_file_of_another_name_or_with_bytes_over_is_noted(
+    two: Path, copy: Path, tmp_path: Path
+) -> None:
+    graph = edit_onnx(two / "onnx" / "model.onnx", tmp_path / "w", unrecorded)
+    data = graph.with_name("model.onnx_data")
+    with data.open("r+b") as file:
+        file.truncate(data.stat().st_size + (2 << 20))
+    assert ids(graph, Severity.NOTE) == {"data.longer", "data.unseen"}
+    model = onnx.load(str(graph), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "weights.bin"
+    data.rename(graph.with_name("weights.bin"))
+    onnx.save_model(model, str(graph))
+    assert "clients.data-name" in ids(graph, Severity.NOTE)
 
 
 @pytest.mark.parametrize(
@@ -346,3 +407,12 @@ def test_json(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (shown["container"], shown["rope"]["factor"]) == ("onnx", 4.0)
     assert cli.run(["check", str(two), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"]
+
+
+def test_every_finding_is_documented_and_tested() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "check.md").read_text("utf-8")
+    documented = set(re.findall(r"^\| `([a-z0-9.-]+)` \|", document.split("## ONNX")[1], re.M))
+    calls = re.compile(r"(?:wrong|note)\(\s*\"([a-z0-9.-]+)\"")
+    assert documented == set(calls.findall(inspect.getsource(onnx_rules)))
+    here = Path(__file__).read_text("utf-8")
+    assert {name for name in documented if f'"{name}"' not in here} == set()

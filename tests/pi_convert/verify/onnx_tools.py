@@ -46,6 +46,11 @@ class EditableOnnx:
             if entry.key == ROPE:
                 entry.value = json.dumps({**self.record(), **values})
 
+    def remove_property(self, key: str) -> None:
+        kept = [entry for entry in self.model.metadata_props if entry.key != key]
+        del self.model.metadata_props[:]
+        self.model.metadata_props.extend(kept)
+
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         """Cos and sin, float64 (positions, rotary_dim / 2)."""
         return self.get(COS).astype(np.float64), self.get(SIN).astype(np.float64)
