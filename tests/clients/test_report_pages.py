@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 
 from pi_convert.report.html import html_page
+from tests.clients.environments import Chromium, chromium, clean_environment
 from tests.pi_convert.report.pages import REPORT
 
 pytestmark = pytest.mark.client
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "google-chrome")) if p), None)
 # What a reader would see, told by the page itself once it is laid out.
 PROBE = """<script>
 const seen = query => [...document.querySelectorAll(query)].filter(e => e.getClientRects().length);
@@ -39,12 +38,16 @@ parent.document.body.dataset.seen = JSON.stringify({
 </script>"""
 
 
-def look(folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def browser() -> Chromium:
+    return chromium()
+
+
+def look(browser: Chromium, folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
     """What the page says of itself at a width, in light or dark.
 
     In a frame: headless Chromium's own window is never narrower than 500 pixels.
     """
-    assert CHROMIUM is not None
     page = html_page(REPORT).replace("</body>", f"{PROBE}</body>")
     frame = folder / "frame.html"
     frame.write_text(
@@ -53,9 +56,10 @@ def look(folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
         "utf-8",
     )
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        [browser.binary, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
          f"--blink-settings=preferredColorScheme={0 if dark else 1}",
          "--window-size=1400,900", "--dump-dom", frame.as_uri()],
+        env=clean_environment({"LD_LIBRARY_PATH": str(browser.libraries)}),
         check=True, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
@@ -76,11 +80,12 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_page_fits_and_can_be_read(width: int, dark: bool, tmp_path: Path) -> None:
-    seen = look(tmp_path, width, dark=dark)
+def test_a_page_fits_and_can_be_read(
+    browser: Chromium, width: int, dark: bool, tmp_path: Path
+) -> None:
+    seen = look(browser, tmp_path, width, dark=dark)
     assert seen["width"] == width
     assert seen["content"] <= width  # nothing to scroll sideways
     assert seen["charts"] == 2  # of each drawn twice, the one that fits

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from converters.targets.onnx.blocks import multiplied_out
 from converters.targets.onnx.ops import MICROSOFT, Ops
 from converters.targets.onnx.plan import EMBEDDING, OnnxPlan, Place
 from converters.targets.onnx.weights import BITS, CODES, OFFSETS, SCALES, ZERO_POINTS
@@ -28,20 +29,14 @@ class Weights:
 
     def embedding(self, name: str, ids: ir.Value) -> ir.Value:
         """(batch, sequence) ids -> (batch, sequence, hidden)."""
-        encoding = self._plan.encodings[EMBEDDING]
+        ops, encoding = self._ops, self._plan.encodings[EMBEDDING]
         if encoding not in BITS:
-            return self._ops(f"{name}/Gather", "Gather", self.value(EMBEDDING), ids)
-        parts = self._parts(EMBEDDING)
-        # The bytes of MatMulNBits' codes, as (rows, bytes): on disk they stand once.
-        codes = parts[CODES].part
-        flat = (codes.shape[0], codes.size_bytes // codes.shape[0])
-        found = self._ops(
-            f"{name}/Gather", "GatherBlockQuantized",
-            self._stored(parts[CODES], "_flat", flat), ids, *self._scaling(parts),
-            domain=MICROSOFT, bits=BITS[encoding], block_size=encoding.block_elements,
-            gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-        return self._offset_rows(name, found, ids, parts[OFFSETS]) if OFFSETS in parts else found
+            return ops(f"{name}/Gather", "Gather", self.value(EMBEDDING), ids)
+        rows = {
+            suffix: ops(f"{name}/Gather{suffix}", "Gather", self._stored(place), ids)
+            for suffix, place in self._parts(EMBEDDING).items()
+        }
+        return multiplied_out(ops, name, rows, encoding)
 
     def linear(self, name: str, weight: str, states: ir.Value) -> ir.Value:
         """States (rows, in) times a weight (out, in) transposed, plus its bias where it has one."""
@@ -73,16 +68,6 @@ class Weights:
         """Scales, and zero points where blocks have their own."""
         return [self._stored(parts[suffix]) for suffix in (SCALES, ZERO_POINTS) if suffix in parts]
 
-    def _offset_rows(self, name: str, found: ir.Value, ids: ir.Value, offsets: Place) -> ir.Value:
-        """Rows of an embedding, (batch, sequence, hidden), each block plus its offset."""
-        ops, name = self._ops, f"{name}/Offset"
-        rows = ops(f"{name}/Gather", "Gather", self._stored(offsets), ids)
-        added = ops(f"{name}/Unsqueeze", "Unsqueeze", rows, ops.constant([3]))
-        blocks = offsets.part.shape[1]
-        split = ops.reshape(f"{name}/Split", found, [0, 0, blocks, -1])
-        total = ops(f"{name}/Add", "Add", split, self._back(name, added))
-        return ops.reshape(f"{name}/Reshape", total, [0, 0, -1])
-
     def _back(self, name: str, value: ir.Value) -> ir.Value:
         """A float32 value in the graph's own type."""
         return (
@@ -103,12 +88,8 @@ class Weights:
 
         return ops.once(name, make)
 
-    def _stored(
-        self, place: Place, suffix: str = "", shape: Sequence[int] | None = None
-    ) -> ir.Value:
-        part, name = place.part, f"{place.name}{suffix}"
+    def _stored(self, place: Place) -> ir.Value:
+        part, name = place.part, place.name
         where = (self._plan.precision.data_name, place.offset, part.size_bytes)
         kind = _TYPES[part.dtype.str[1:]]
-        return self._ops.once(
-            name, lambda: self._ops.external(name, kind, shape or part.shape, where)
-        )
+        return self._ops.once(name, lambda: self._ops.external(name, kind, part.shape, where))
