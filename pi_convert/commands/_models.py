@@ -250,7 +250,7 @@ def _in_onnxruntime(path: Path, opening: Opening) -> Model:
         encode=encoder.encode,
         bos=encoder.bos,
         sizes=_onnx_sizes(file),
-        load=lambda _: OrtModel(path, settings, tables=None),
+        load=lambda _: OrtModel(file, settings, tables=None),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from converters.containers.onnx import OnnxFile
 from converters.errors import EnvironmentNotReadyError, SourceError, UnsupportedError
 from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
 from pi_convert.runtimes.llamacpp import cores
@@ -19,6 +20,7 @@ from pi_convert.runtimes.onnx_tables import Tables
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # ORT_LOGGING_LEVEL_ERROR
+_PAST = "past_"
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 _GPU_WHEELS = ("linux", "win32")
@@ -42,7 +44,7 @@ class OrtModel(Closing):
 
     def __init__(
         self,
-        path: Path,
+        file: OnnxFile,
         options: OrtOptions,
         tables: Tables | None,
         imposed: Tables | None = None,
@@ -52,10 +54,11 @@ class OrtModel(Closing):
         Raises ``SourceError`` where ONNX Runtime refuses the file, and
         ``EnvironmentNotReadyError`` where it is missing or cannot use the device.
         """
-        self._path, self._options = path, options
+        self._file, self._options = file, options
         self._tables = tables if imposed is None else imposed
-        self._sessions = {0: _Loaded.of(path, options, imposed)}
-        self._outputs = self._sessions[0].session.get_outputs()
+        self._imposed = imposed
+        self._loaded: tuple[int, _Loaded] | None = None
+        self._outputs = self.loaded_at(0).session.get_outputs()
 
     @property
     def vocabulary(self) -> int:
@@ -63,7 +66,7 @@ class OrtModel(Closing):
         return int(self._outputs[0].shape[-1])
 
     def open_session(self, context_tokens: int) -> OrtSession:
-        """An empty sequence; the cache grows as it is fed, whatever ``context_tokens``.
+        """An empty sequence of at most ``context_tokens``, whose whole cache is taken at once.
 
         Raises ``UnsupportedError`` for a file that gives the last token's logits alone.
         """
@@ -72,27 +75,38 @@ class OrtModel(Closing):
                 "the file gives logits of the last token alone",
                 hint="Verify one written without --last-logits; its weights are the same.",
             )
-        return OrtSession(self.loaded_at, self._options)
+        capacity = context_tokens if _shares_cache(self._file) else 0
+        return OrtSession(self.loaded_at, self._options, capacity)
 
     def loaded_at(self, position: int) -> _Loaded:
         """The model with the tables turned so that row 0 is ``position``'s.
 
         A graph takes its positions from the mask, so an empty sequence starts at 0: a window far
-        out is run with the tables' far rows in front.
+        out is run with the tables' far rows in front. The last position's alone is kept, since
+        each holds all weights.
         """
-        if position not in self._sessions:
-            if self._tables is None:
+        if self._loaded is None or self._loaded[0] != position:
+            if position and self._tables is None:
                 raise SourceError(
-                    f"{self._path}: without tables no window can start at {position}",
+                    f"{self._file.path}: without tables no window can start at {position}",
                     hint="Export it again: pi-convert export MODEL --to onnx --scale S",
                 )
-            shifted = self._tables.shifted(position)
-            self._sessions[position] = _Loaded.of(self._path, self._options, shifted)
-        return self._sessions[position]
+            self._loaded = None  # freed before the next is loaded
+            shifted = self._tables.shifted(position) if position and self._tables else self._imposed
+            self._loaded = position, _Loaded.of(self._file.path, self._options, shifted)
+        return self._loaded[1]
 
     def close(self) -> None:
         """Frees the weights."""
-        self._sessions = {}
+        self._loaded = None
+
+
+def _shares_cache(file: OnnxFile) -> bool:
+    """Whether past and present may be one buffer: the operator then writes new rows in place."""
+    takers = {
+        node.operator for node in file.nodes if any(name.startswith(_PAST) for name in node.inputs)
+    }
+    return takers == {"GroupQueryAttention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +143,14 @@ class _Loaded:
             )
         return cls(session, tuple(replaced))
 
-    def empty_caches(self, options: OrtOptions) -> dict[str, Any]:
-        """Past keys and values of no tokens, by input.
+    def empty_caches(self, options: OrtOptions, capacity: int) -> dict[str, Any]:
+        """Past keys and values with room for ``capacity`` tokens, by input.
 
         Raises ``SourceError`` where neither the graph nor ``options`` give their sizes.
         """
         runtime, caches = import_runtime(), {}
         for cache in self.session.get_inputs():
-            if not cache.name.startswith("past_"):
+            if not cache.name.startswith(_PAST):
                 continue
             heads, head_dim = options.cache_heads or (cache.shape[1], cache.shape[3])
             if not isinstance(heads, int) or not isinstance(head_dim, int):
@@ -144,18 +158,20 @@ class _Loaded:
                     f"{cache.name} is {cache.shape}: its sizes are names",
                     hint="`pi-convert verify` takes them from the source.",
                 )
-            empty = np.zeros((1, heads, 0, head_dim), _FLOATS[cache.type])
+            empty = np.zeros((1, heads, capacity, head_dim), _FLOATS[cache.type])
             caches[cache.name] = runtime.OrtValue.ortvalue_from_numpy(empty, options.device, 0)
         return caches
 
 
 class OrtSession(Closing):
-    """One sequence."""
+    """One sequence. ``capacity`` 0: each run makes the cache anew, longer by what was fed."""
 
-    def __init__(self, load: Callable[[int], _Loaded], options: OrtOptions) -> None:
+    def __init__(self, load: Callable[[int], _Loaded], options: OrtOptions, capacity: int) -> None:
         self._load = load
         self._options = options
-        self._first: int | None = None  # position
+        self._capacity = capacity
+        self._first = 0  # position
+        self._loaded: _Loaded | None = None
         self._fed = 0
         self._past: dict[str, Any] = {}
 
@@ -164,49 +180,60 @@ class OrtSession(Closing):
 
         Raises ``SourceError`` where ONNX Runtime refuses them.
         """
-        if self._first is None:
-            self._first = position
-            self._past = self._load(position).empty_caches(self._options)
+        if self._loaded is None or (self._fed == 0 and position != self._first):
+            self._first, self._loaded = position, None  # freed before the next is loaded
+            self._loaded = self._load(position)
+        if not self._past:
+            self._past = self._loaded.empty_caches(self._options, self._capacity)
+        total = self._fed + len(tokens)
         if position != self._first + self._fed or not 0 < len(tokens) <= CHUNK_TOKENS:
             raise ValueError(f"{len(tokens)} tokens at {position}, {self._fed} were fed")
-        session = self._load(self._first).session
-        binding = session.io_binding()
-        binding.bind_cpu_input("input_ids", tokens.astype(np.int64)[None])
-        total = self._fed + len(tokens)
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        for name, value in self._past.items():
-            binding.bind_ortvalue_input(name, value)
-        outputs = [output.name for output in session.get_outputs()]
-        binding.bind_output(outputs[0], "cpu")
-        for name in outputs[1:]:
-            binding.bind_output(name, self._options.device, 0)
+        if self._capacity and total > self._capacity:
+            raise ValueError(f"{total} tokens do not fit a cache of {self._capacity}")
+        binding = self._bound(self._loaded.session, tokens, total)
         try:
-            session.run_with_iobinding(binding)
+            self._loaded.session.run_with_iobinding(binding)
         except Exception as error:  # see ``OrtModel``
             raise SourceError(
                 f"ONNX Runtime cannot evaluate {len(tokens)} tokens: {_first_line(error)}",
                 hint="`pi-convert check` tells what is wrong with the file.",
             ) from error
         found, *present = binding.get_outputs()
-        self._past = dict(zip(self._past, present, strict=True))
+        if not self._capacity:
+            self._past = dict(zip(self._past, present, strict=True))
         self._fed = total
         return np.asarray(found.numpy()[0], np.float32) if logits else None
 
-    def keep(self, count: int) -> int:
-        """See ``Session.keep``."""
-        if count == 0:
-            self._first, self._past = None, {}
+    def _bound(self, session: Any, tokens: Tokens, total: int) -> Any:
+        """Inputs and outputs; the cache is both where it has room."""
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", tokens.astype(np.int64)[None])
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         for name, value in self._past.items():
-            cut = np.ascontiguousarray(value.numpy()[:, :, :count])
-            self._past[name] = import_runtime().OrtValue.ortvalue_from_numpy(
-                cut, self._options.device, 0
-            )
+            binding.bind_ortvalue_input(name, value)
+        logits, *presents = [output.name for output in session.get_outputs()]
+        binding.bind_output(logits, "cpu")
+        for name, value in zip(presents, self._past.values(), strict=True):
+            if self._capacity:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name, self._options.device, 0)
+        return binding
+
+    def keep(self, count: int) -> int:
+        """See ``Session.keep``. What is behind the tokens kept is not read: nothing is copied."""
+        if not self._capacity and count < self._fed:
+            for name, value in self._past.items():
+                cut = np.ascontiguousarray(value.numpy()[:, :, :count])
+                self._past[name] = import_runtime().OrtValue.ortvalue_from_numpy(
+                    cut, self._options.device, 0
+                )
         self._fed = count
         return count
 
     def close(self) -> None:
         """Frees the cache."""
-        self._past = {}
+        self._loaded, self._past = None, {}
 
 
 def import_runtime() -> Any:

@@ -60,7 +60,7 @@ class OnnxArtifact(Artifact):
 
     def load_with(self, imposed: Tables | None) -> OrtModel:
         """The file in ONNX Runtime, with other tables imposed."""
-        return OrtModel(self.path, self.options, self.tables, imposed)
+        return OrtModel(self.file, self.options, self.tables, imposed)
 
     def load_problem(self) -> str | None:
         """Why ONNX Runtime cannot load it."""

@@ -148,7 +148,7 @@ def client_named() -> Callable[[str], Client]:
                 return Browser(chromium(), node)
             modules = {"CLIENT_MODULES": str(node.modules.parent)}
             return Program(node.binary, "with_node.mjs", modules)
-        return Program(python_environment(name), f"with_{name}.py")
+        return Program(python_environment(name), f"with_{name.partition('-')[0]}.py")
 
     return make
 

@@ -49,6 +49,21 @@ def test_fp32_is_transformers(client: str, case: str, answer: Ask, expected: Exp
         assert found.beams == right.beams
 
 
+@pytest.mark.parametrize("factor", [FACTOR, WRONG_FACTOR])
+def test_the_oldest_runtime(factor: int, answer: Ask, expected: Expect) -> None:
+    """onnxruntime 1.23.0, the first with every operator of the default file; texts are ids."""
+    right = expected("qwen2")
+    texts = [" ".join(map(str, ids)) for ids in right.encoded]
+    options = {"file": "model.onnx", "messages": (), "beams": 0}
+    found = answer("onnxruntime-oldest", "qwen2", factor, texts=texts, **options)
+    assert found.client == "onnxruntime 1.23.0"
+    logits = right.logits if factor == FACTOR else right.wrong_logits
+    assert max_difference(logits, found.logits) <= FP32_LIMIT
+    pairs = zip(right.continued, found.alone, strict=True)  # those of transformers end at EOS
+    same = [tokens[: len(ids)] == ids for ids, tokens in pairs]
+    assert all(same) == (factor == FACTOR)
+
+
 @pytest.mark.parametrize("client", FP32)
 def test_a_folder_of_another_factor_is_seen(client: str, answer: Ask, expected: Expect) -> None:
     """Two of the texts go past L."""
