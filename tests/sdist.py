@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tarfile
@@ -39,9 +40,10 @@ def build_llama_perplexity(cache: Path = CACHE) -> Path:
         flags = [f"-DLLAMA_{name}=OFF" for name in
                  ("BUILD_SERVER", "BUILD_TESTS", "BUILD_EXAMPLES", "CURL", "OPENSSL")]  # fmt: skip
         source = unpack_llama_cpp(cache)
-        configure = ["cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags]
+        cmake, jobs = [sys.executable, "-m", "cmake"], len(os.sched_getaffinity(0))
+        configure = [*cmake, "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *flags]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-        make = ["cmake", "--build", build, "--target", "llama-perplexity", "--parallel"]
+        make = [*cmake, "--build", build, "--target", "llama-perplexity", f"-j{jobs}"]
         subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     return tool
 
