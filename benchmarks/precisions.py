@@ -2,9 +2,9 @@
 
     python benchmarks/precisions.py [--scale 8]
 
-The default model, interpolated; torch in float32 on the source's own weights is what all are held
-against, in lockstep, over one contiguous window across L and one at the far end of L'. A dropped
-factor stands beside, for scale. Writes results/precisions.{json,md}.
+The default model, interpolated. All are held against torch in float32 on the source's own weights,
+in lockstep, over a window across L (its first half is not scored) and one at the far end of L'. A
+dropped factor stands beside, for scale. Writes results/precisions.{json,md}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pi_convert.verify.tokenizer_reference import reference_encoder
 ONNX = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx",
         "int4": "model_q4.onnx"}  # fmt: skip
 GGUF = ("q8_0", "q4_k_m")
-PAST, FAR = 1024, 1024  # tokens that are scored past L, and fed at the far end
+LEAD, PAST, FAR = 1024, 1024, 1024  # tokens before L, scored past it, and fed at the far end
 
 
 def export(out: Path, scale: float) -> dict[str, Path]:
@@ -73,16 +73,16 @@ def default_model() -> Checkpoint:
 
 
 def windows(source: Checkpoint) -> tuple[Window, Window]:
-    """Across L from 0, and at the far end of L', of the default text."""
+    """Across L, and at the far end of L', of the default text."""
     rope, reference = source.rope, reference_encoder(source.vocabulary)
 
     def encode(text: str) -> list[int]:
         return reference.encode(reference.prepare(text), add_special=False, parse_special=False)
 
-    past = rope.original_context + PAST
-    stream = encode_documents(default_documents(), encode, at_least=past)
+    first, size = rope.original_context - LEAD, LEAD + PAST
+    stream = encode_documents(default_documents(), encode, at_least=size)
     return (
-        Window("across L", stream.take(past), 0, rope.original_context),
+        Window("across L", stream.take(size), first, rope.original_context),
         Window("far end of L'", stream.take(FAR), rope.context - FAR, rope.context - FAR),
     )
 
@@ -136,7 +136,7 @@ def as_text(rows: list[dict[str, object]], versions: dict[str, str], scale: floa
         "",
         f"`python benchmarks/precisions.py --scale {scale:g}`: SmolLM2-135M-Instruct (Q4_1), factor"
         f" {scale:g}. Mean KL in nats from torch in float32 on the source's own weights, and how"
-        f" often both rank the same token first; {names[0]}: {where[0]} of one window from 0;"
+        f" often both rank the same token first; {names[0]}: {where[0]};"
         f" {names[1]}: {where[1]}. GGUF runs with llama.cpp's own float16 cache.",
         "",
         "| file | MiB | " + " | ".join(f"KL {name} | same first" for name in names) + " |",

@@ -75,7 +75,7 @@ class OnnxFile:
     nodes: tuple[OnnxNode, ...]
     inputs: Mapping[str, tuple[int | str, ...]]  # name -> shape
     input_types: Mapping[str, str]  # name -> float32, int64, ...
-    outputs: tuple[str, ...]
+    outputs: Mapping[str, tuple[int | str, ...]]
     properties: Mapping[str, str]
     size_bytes: int  # of the graph and of its data files
 
@@ -110,7 +110,7 @@ def read_onnx_file(path: Path) -> OnnxFile:
         nodes=tuple(_node(onnx, node) for node in model.graph.node),
         inputs={value.name: _shape(value) for value in model.graph.input},
         input_types={value.name: _type(onnx, value) for value in model.graph.input},
-        outputs=tuple(value.name for value in model.graph.output),
+        outputs={value.name: _shape(value) for value in model.graph.output},
         properties={entry.key: entry.value for entry in model.metadata_props},
         size_bytes=path.stat().st_size + sum(file.stat().st_size for file in files),
     )

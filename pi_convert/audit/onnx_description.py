@@ -7,11 +7,12 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from converters.containers.onnx import OnnxFile
+from converters.containers.onnx import OnnxFile, OnnxTensor
 from converters.containers.strict_json import read_json_object
 from converters.errors import ConvertError, SourceError
 from converters.rope import Evidence, RopeParameters
 from converters.rope.gguf import RECORD_PREFIX
+from converters.targets.onnx.weights import CODES, OFFSETS, SCALES, ZERO_POINTS
 from converters.tokenizers import read_tokenizer
 from pi_convert.audit.description import (
     Description,
@@ -31,6 +32,8 @@ from pi_convert.audit.onnx_export import (
 from pi_convert.runtimes.onnx_tables import Tables, recovered_frequencies
 
 _BLOCK_NODES = ("MatMulNBits", "GatherBlockQuantized")
+_PARTS = (ZERO_POINTS, OFFSETS)
+_BLOCK_ELEMENTS = (32, 128)  # of a block of 8 bits so many bytes, of one of 4 bits half as many
 _PAST = "past_key_values."
 _CACHE_BYTES = {"float16": 2, "float32": 4}
 
@@ -69,7 +72,7 @@ def describe_onnx(path: Path) -> Description:
         kv_cache_bytes=_cache(file, rope),
         sliding_window=None,
         record={k: v for k, v in file.properties.items() if k.startswith(RECORD_PREFIX)},
-        notes=(*notes, *_other_graphs(export, graph)),
+        notes=(*notes, *_logits(file), *_other_graphs(export, graph)),
         cache_type=next((t for n, t in file.input_types.items() if n.startswith(_PAST)), "float32"),
     )
 
@@ -141,17 +144,34 @@ def _groups(graph: Graph, file: OnnxFile) -> Iterator[TensorGroup]:
         bits = int(str(node.attributes.get("bits", 4)))
         block = int(str(node.attributes.get("block_size", 32)))
         elements = prod(codes.shape) * 8 // bits
-        size = sum(prod(part.shape) * part.dtype.itemsize for part in parts[:4])
+        size = sum(map(_bytes, parts[:4]))
         found.setdefault(f"int{bits} in blocks of {block}", []).append((elements, size))
+    for name, codes in file.tensors.items():
+        # Rows of an embedding are gathered from a weight's parts (converters.targets.onnx.blocks).
+        scales = file.tensors.get(f"{name.removesuffix(CODES)}{SCALES}")
+        if name in used or not name.endswith(CODES) or scales is None:
+            continue
+        others = [file.tensors.get(f"{name.removesuffix(CODES)}{part}") for part in _PARTS]
+        parts = [codes, scales, *(part for part in others if part is not None)]
+        used.update(part.name for part in parts)
+        block_bytes = prod(codes.shape) // prod(scales.shape)
+        bits = 8 if block_bytes in _BLOCK_ELEMENTS else 4
+        size = sum(map(_bytes, parts))
+        kind = f"int{bits} in blocks of {block_bytes * 8 // bits}"
+        found.setdefault(kind, []).append((prod(codes.shape) * 8 // bits, size))
     for name, tensor in file.tensors.items():
         if name not in used and tensor.file is not None:
             # Offsets belong to blocks: they add bytes and no parameters.
             elements = 0 if name.endswith("_offsets") else prod(tensor.shape)
-            entry = (elements, prod(tensor.shape) * tensor.dtype.itemsize)
+            entry = (elements, _bytes(tensor))
             found.setdefault(tensor.dtype.name, []).append(entry)
     for kind, entries in sorted(found.items(), key=lambda item: -sum(e[1] for e in item[1])):
         elements, size = (sum(column) for column in zip(*entries, strict=True))
         yield TensorGroup(kind, len(entries), elements, size)
+
+
+def _bytes(tensor: OnnxTensor) -> int:
+    return prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _cache(file: OnnxFile, rope: RopeSummary | None) -> dict[int, int]:
@@ -179,6 +199,12 @@ def _tokenizer(export: OnnxExport) -> TokenizerSummary | None:
     except (ConvertError, ValueError):
         return None
     return tokenizer_summary(vocabulary)
+
+
+def _logits(file: OnnxFile) -> Iterator[str]:
+    shape = next(iter(file.outputs.values()), ())
+    if len(shape) == 3:
+        yield f"logits of {'the last token alone' if shape[1] == 1 else 'every token'}"
 
 
 def _other_graphs(export: OnnxExport, shown: Graph) -> Iterator[str]:

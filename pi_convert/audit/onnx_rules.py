@@ -233,11 +233,31 @@ def _interface(export: OnnxExport, graph: Graph, file: OnnxFile) -> Iterator[Fin
                 "a number: transformers.js takes a name for 0 and fails",
                 _AGAIN,
             )
-            return
+            break
+    if (sizes := _optimum_takes(export, file)) is not None:
+        yield note("clients.optimum", f"optimum-onnx takes {sizes[0]} for the head size",
+                   f"{sizes[1]}, as the cache has it: it cannot load this model")  # fmt: skip
+    logits = next(iter(file.outputs.values()), ())
+    if len(logits) == 3 and logits[1] == 1:
+        yield note(
+            "logits.last",
+            "logits of the last token alone, for generation",
+            "logits of every token, which scoring and `pi-convert verify` need",
+            "For those export without --last-logits; the data file is the same.",
+        )
     missing = [name for name in ("input_ids", "attention_mask") if name not in file.inputs]
     if missing:
         yield note("clients.inputs", f"no input {', '.join(missing)}",
                    "the inputs that optimum and transformers.js feed", _AGAIN)  # fmt: skip
+
+
+def _optimum_takes(export: OnnxExport, file: OnnxFile) -> tuple[int, int] | None:
+    """The head size that optimum-onnx 0.1 computes and the graph's own, where they differ."""
+    hidden, heads = ((export.config or {}).get(k) for k in ("hidden_size", "num_attention_heads"))
+    head_dim = next((s[-1] for n, s in file.inputs.items() if n.startswith("past_key_")), None)
+    if not isinstance(hidden, int) or not isinstance(heads, int) or not isinstance(head_dim, int):
+        return None
+    return None if heads < 1 or hidden // heads == head_dim else (hidden // heads, head_dim)
 
 
 def _data_name(export: OnnxExport, graph: Graph, file: OnnxFile) -> Iterator[Finding]:
@@ -294,7 +314,7 @@ def _genai(export: OnnxExport, genai: Mapping[str, object]) -> Iterator[Finding]
 
 
 def _genai_inputs(decoder: Mapping[str, object], file: OnnxFile) -> Iterator[Finding]:
-    for kind, there in (("inputs", tuple(file.inputs)), ("outputs", file.outputs)):
+    for kind, there in (("inputs", tuple(file.inputs)), ("outputs", tuple(file.outputs))):
         names = decoder.get(kind)
         for key, name in (names if isinstance(names, Mapping) else {}).items():
             if str(name).replace("%d", "0") not in there:

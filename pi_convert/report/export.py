@@ -25,8 +25,8 @@ _NAMED = 3  # tensors named of many; --json has all
 
 QUALITY_NOTE = (
     "Position Interpolation without fine-tuning costs quality: `pi-convert verify` measures it, as"
-    " the KL\nagainst factor 1 on the same tokens. A short fine-tuning mends it (`finetune`, in a"
-    " coming release)."
+    " the KL\nagainst factor 1 on the same tokens. A short fine-tuning mends it: `pi-convert"
+    " finetune`."
 )
 
 
@@ -130,6 +130,8 @@ def _onnx_rows(folder: OnnxArtifact) -> list[list[str]]:
     rows = [["wrote", f"{folder.path}/  {size(folder.size_bytes)}"]]
     for plan in folder.plans:
         kinds = f"{counts(_onnx_types(plan))}; {plan.table_rows:,} positions"
+        if folder.plans[1:] and plan is folder.plans[0]:
+            kinds += "; the one that onnxruntime-genai opens"
         rows.append([plan.precision.name, f"onnx/{plan.precision.file_name}  {kinds}"])
         rows += fallback_rows(plan.fallbacks)
     return rows + [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]

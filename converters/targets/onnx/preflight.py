@@ -48,11 +48,12 @@ _NO_CUDA_KERNEL = (
 _PROVIDERS: Mapping[Device, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "web": "CPUExecutionProvider",  # onnxruntime-web's has the kernels of ONNX Runtime's own
+    # onnxruntime-web cannot be asked from here. It lacks kernels that this provider has, such as
+    # GatherBlockQuantized; the default files have none of those (docs/clients.md: Chromium).
+    "web": "CPUExecutionProvider",
 }
 _HINTS: Mapping[Device, str] = {
-    "cpu": "--portable takes shapes that fused attention does not; --precision fp32 has the fewest"
-    " needs.",
+    "cpu": "--portable takes shapes that fused attention does not.",
     "cuda": "Give --precision fp16, int4f16 or int8f16, or --portable.",
     "web": "--portable takes shapes that fused attention does not.",
 }
