@@ -1,4 +1,4 @@
-"""transformers.js in a headless Chromium, from a server on 127.0.0.1 that is its whole network."""
+"""Pages in a headless Chromium, from a server on 127.0.0.1 that is their whole network."""
 
 from __future__ import annotations
 
@@ -42,27 +42,34 @@ class Browser:
             "models": request.folder.parent,
             "out": out,
         }
-        with _Server(roots) as server:
-            self._open(f"{server.address}/programs/page.html", server, out)
-        error = out / "error.txt"
-        assert not error.exists(), error.read_text("utf-8")
-        assert (out / "answer.json").exists(), f"no answer; Chromium: {_said(out)}"
+        visit(self.chromium, "programs/page.html", roots, CLIENT_SECONDS)
         assert listing(request.folder) == before
         return read_answer(out)
 
-    def _open(self, address: str, server: _Server, out: Path) -> None:
-        """Opens the page, and ends the browser when the page has answered."""
-        command = [str(self.chromium.binary), *_FLAGS, f"--user-data-dir={out / 'profile'}"]
-        libraries = {"LD_LIBRARY_PATH": str(self.chromium.libraries)}
-        with (out / "chromium.txt").open("w") as log:
-            process = subprocess.Popen(
-                [*command, address], env=clean_environment(libraries), stdout=log, stderr=log
-            )
-            try:
-                server.answered.wait(CLIENT_SECONDS)
-            finally:
-                process.terminate()
-                process.wait(30)
+
+def visit(
+    chromium: Chromium, page: str, roots: dict[str, Path], seconds: float, *flags: str
+) -> None:
+    """Opens a page, served from ``roots``, until it has sent /out/answer.json.
+
+    Raises ``AssertionError`` with what the page sent as /out/error.txt, or with its silence.
+    """
+    out = roots["out"]
+    command = [str(chromium.binary), *_FLAGS, *flags, f"--user-data-dir={out / 'profile'}"]
+    libraries = {"LD_LIBRARY_PATH": str(chromium.libraries)}
+    with _Server(roots) as server, (out / "chromium.txt").open("w") as log:
+        process = subprocess.Popen(
+            [*command, f"{server.address}/{page}"],
+            env=clean_environment(libraries), stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            server.answered.wait(seconds)
+        finally:
+            process.terminate()
+            process.wait(30)
+    error = out / "error.txt"
+    assert not error.exists(), error.read_text("utf-8")
+    assert (out / "answer.json").exists(), f"no answer; Chromium: {_said(out)}"
 
 
 class _Server(ThreadingHTTPServer):

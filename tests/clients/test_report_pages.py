@@ -5,18 +5,19 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pi_convert.report.html import html_page
-from tests.clients.environments import Chromium, chromium, clean_environment
+from tests.clients.browser import visit
+from tests.clients.environments import Chromium, chromium
 from tests.pi_convert.report.pages import REPORT
 
 pytestmark = pytest.mark.client
 
+PAGE_SECONDS = 120
 # What a reader would see, told by the page itself once it is laid out.
 PROBE = """<script>
 const seen = query => [...document.querySelectorAll(query)].filter(e => e.getClientRects().length);
@@ -24,7 +25,7 @@ const shown = seen('.wide svg, .narrow svg');
 const colour = e => getComputedStyle(e).color;
 const scale = s => s.getBoundingClientRect().width / s.viewBox.baseVal.width;
 const ink = seen('svg .line');
-parent.document.body.dataset.seen = JSON.stringify({
+parent.fetch('/out/answer.json', {method: 'POST', body: JSON.stringify({
   width: innerWidth, content: document.documentElement.scrollWidth,
   background: getComputedStyle(document.body).backgroundColor, text: colour(document.body),
   charts: shown.length, scales: shown.map(scale),
@@ -34,7 +35,7 @@ parent.document.body.dataset.seen = JSON.stringify({
   }).map(t => t.textContent)),
   strokes: [...new Set(ink.map(e => getComputedStyle(e).stroke))],
   headline: document.querySelector('.headline').getBoundingClientRect().top,
-});
+})});
 </script>"""
 
 
@@ -55,16 +56,11 @@ def look(browser: Chromium, folder: Path, width: int, *, dark: bool) -> dict[str
         f'height:900px" srcdoc="{html.escape(page)}"></iframe></body>',
         "utf-8",
     )
-    done = subprocess.run(
-        [browser.binary, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         "--window-size=1400,900", "--dump-dom", frame.as_uri()],
-        env=clean_environment({"LD_LIBRARY_PATH": str(browser.libraries)}),
-        check=True, capture_output=True, text=True, timeout=120,
+    visit(
+        browser, "out/frame.html", {"out": folder}, PAGE_SECONDS, "--hide-scrollbars",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1400,900",
     )  # fmt: skip
-    found = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert found is not None, done.stderr[-2000:]
-    seen: dict[str, Any] = json.loads(html.unescape(found[1]))
+    seen: dict[str, Any] = json.loads((folder / "answer.json").read_text("utf-8"))
     return seen
 
 
