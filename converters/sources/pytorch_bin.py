@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from converters.encodings import BF16, F16, F32
 from converters.errors import EnvironmentNotReadyError, SourceError, UnsupportedError
+from converters.install import install_line
 from converters.tensor import Tensor
 
 
@@ -37,7 +38,7 @@ def _load(path: Path) -> Any:
     except ImportError as error:
         raise EnvironmentNotReadyError(
             f"{path} is a PyTorch pickle, and reading it safely needs torch",
-            hint="Install it: pip install 'pi-convert[verify]'",
+            hint=f"Install it: {install_line('verify')}",
         ) from error
     try:
         mapped = zipfile.is_zipfile(path)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.ggml import Ggml, load_ggml
+from converters.install import DEFAULT_MODEL_LINE
 from pi_convert.audit.quantizers import QuantizerUse, survey_quantizers
 from pi_convert.defaults import default_model_path
 
@@ -200,7 +201,7 @@ def _default_model() -> Path:
     path = default_model_path()
     if not path.is_file():
         raise EnvironmentNotReadyError(
-            f"{path} is missing", hint="pip install --force-reinstall 'pi-convert[demo]'"
+            f"{path} is missing", hint=f"{DEFAULT_MODEL_LINE} --force-reinstall"
         )
     return path
 

@@ -123,6 +123,16 @@ def _factor_tensor(header: Header) -> str:
     return f"rope_freqs.weight is llama3's, factor {scaling.factor:g}" if scaling else ""
 
 
+def _known(header: Header) -> Iterator[Finding]:
+    if header.architecture not in llamacpp.ARCHITECTURES:
+        yield wrong(
+            "file.architecture.unknown",
+            f"general.architecture = {header.architecture}",
+            f"one that llama.cpp {llamacpp.LLAMA_CPP_VERSION} knows: it refuses any other",
+            "A newer llama.cpp may know it; else the file's maker misspelled it.",
+        )
+
+
 def _provenance(header: Header) -> Iterator[Finding]:
     if header.architecture not in llamacpp.WITHOUT_ROPE:
         yield note(
@@ -134,6 +144,7 @@ def _provenance(header: Header) -> Iterator[Finding]:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("file.known", _known, lambda h: ""),
     Rule("keys.types", rope_rules.key_types, lambda h: "every loaded key has its type"),
     Rule("rope.scaling", rope_rules.scaling, _scaling),
     Rule("rope.use", rope_rules.use, lambda h: ""),

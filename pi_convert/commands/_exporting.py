@@ -49,10 +49,12 @@ class ExportOptions:
 def run_export(source: Checkpoint, scale: float, options: ExportOptions, started: float) -> int:
     """Plans, writes, proves and reports; the exit code."""
     from converters.errors import ConvertError
+    from converters.ggml import load_quantizer
     from pi_convert.report.console import emit, emit_json, progress
     from pi_convert.report.export import ExportReport, dry_run_text, export_json, header_text
 
     checkpoint = source.interpolate(scale)
+    load_quantizer(options.quantizer)  # one that cannot be had is said before any work
     report = ExportReport(
         source,
         checkpoint,
@@ -76,7 +78,7 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
             emit_json(export_json(report))
         else:
             emit(dry_run_text(report))
-        return 0
+        return 1 if obstacles else 0
     for obstacle in obstacles:
         raise obstacle
     with progress() as tell:

@@ -79,7 +79,7 @@ def require_gguf_file(path: Path, command: str) -> None:
     if path.is_file():
         return
     if not path.is_dir():
-        raise SourceError(f"{path}: there is no such file", hint="Give the path of a GGUF file.")
+        raise SourceError(f"{path}: there is no such file", hint="Check the path.")
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         found = f"a folder with {len(ggufs)} GGUF files in it" if ggufs[1:] else "a folder"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from converters.errors import EnvironmentNotReadyError, SourceError
 from converters.files import sha256_file
+from converters.install import install_line
 
 TEXT_KEY = "text"
 _TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text", "")
@@ -161,5 +162,5 @@ def _is_named_text(path: Path) -> bool:
 
 def _not_installed(error: ImportError) -> EnvironmentNotReadyError:
     return EnvironmentNotReadyError(
-        f"reading this text needs {error.name}", hint="Install: pip install 'pi-convert[finetune]'"
+        f"reading this text needs {error.name}", hint=f"Install: {install_line('finetune')}"
     )

@@ -16,6 +16,7 @@ import transformers
 from torch.nn import functional
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
+from converters.install import install_line
 from converters.rope import RopeParameters
 from converters.rope.parameters import ulp_distance
 from pi_convert.finetune.recipe import Recipe
@@ -114,7 +115,7 @@ def _add_adapters(model: Any, recipe: Recipe) -> None:
         import peft
     except ImportError as error:
         raise EnvironmentNotReadyError(
-            f"preset lora needs peft: {error}", hint="Install: pip install 'pi-convert[finetune]'"
+            f"preset lora needs peft: {error}", hint=f"Install: {install_line('finetune')}"
         ) from error
     config = peft.LoraConfig(
         r=recipe.lora_rank,

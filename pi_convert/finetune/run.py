@@ -19,6 +19,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.encodings import F32
 from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
+from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
 from converters.sources.huggingface import FINETUNE_RECORD
@@ -114,12 +115,12 @@ def require_libraries() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise EnvironmentNotReadyError(
-            f"fine-tuning needs {error.name}", hint="Install: pip install 'pi-convert[finetune]'"
+            f"fine-tuning needs {error.name}", hint=f"Install: {install_line('finetune')}"
         ) from error
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise EnvironmentNotReadyError(
             f"fine-tuning needs torch 2.13 or newer, found {torch.__version__}",
-            hint="Install: pip install 'pi-convert[finetune]'",
+            hint=f"Install: {install_line('finetune')}",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from converters.install import DEFAULT_MODEL_EXTRA, DEFAULT_MODEL_LINE, install_line
 from pi_convert.audit.environment import BASE, Environment, GgmlBuild
 from pi_convert.report.console import pairs, size, table
 
@@ -94,9 +95,11 @@ def _installs(environment: Environment) -> dict[str, str]:
         if BASE not in package.extras and not package.fits
         for extra in package.extras
     }
-    return {
-        f"missing for {extra}": f"pip install 'pi-convert[{extra}]'" for extra in sorted(lacking)
-    }
+    return {f"missing for {extra}": _install(extra) for extra in sorted(lacking)}
+
+
+def _install(extra: str) -> str:
+    return DEFAULT_MODEL_LINE if extra == DEFAULT_MODEL_EXTRA else install_line(extra)
 
 
 def environment_json(environment: Environment) -> dict[str, object]:

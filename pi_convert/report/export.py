@@ -117,7 +117,7 @@ def written_text(report: ExportReport) -> str:
         parts += ["", run_text(run_lines(gguf.path, report.checkpoint.hparams, context), context)]
     if len(report.ggufs) > 1:
         parts.append("  and the other files likewise")
-    if report.checkpoint.rope.factor != 1:
+    if report.scale != 1:
         parts += ["", QUALITY_NOTE]
     return "\n".join(parts)
 
@@ -181,7 +181,8 @@ def export_json(report: ExportReport) -> dict[str, object]:
         "obstacles": [error.message for error in report.obstacles],
         "planned": [
             {
-                "file": plan.file_name,
+                "format": "gguf",
+                "path": str(report.out / plan.file_name),
                 "quantize": plan.quantize,
                 "size_bytes": plan.size_bytes,
                 "tensor_types": plan.type_counts,
@@ -191,13 +192,19 @@ def export_json(report: ExportReport) -> dict[str, object]:
         ]
         + [
             {
-                "file": f"{report.onnx_folder.name}/onnx/{onnx.precision.file_name}",
+                "format": "onnx",
+                "path": str(report.onnx_folder / "onnx" / onnx.precision.file_name),
                 "precision": onnx.precision.name,
                 "size_bytes": onnx.data_bytes,
                 "tensor_types": dict(_onnx_types(onnx)),
                 "fallbacks": list(onnx.fallbacks),
             }
             for onnx in report.onnx_plans
+        ]
+        + [
+            {"format": "safetensors", "path": str(folder)}
+            for folder in [report.folder]
+            if folder is not None
         ],
         "artifacts": [_gguf_json(report, gguf) for gguf in report.ggufs]
         + [

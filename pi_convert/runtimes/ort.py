@@ -14,6 +14,7 @@ import numpy as np
 
 from converters.containers.onnx import OnnxFile
 from converters.errors import EnvironmentNotReadyError, SourceError, UnsupportedError
+from converters.install import install_line
 from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
 from pi_convert.runtimes.llamacpp import cores
 from pi_convert.runtimes.onnx_tables import Tables
@@ -242,7 +243,7 @@ def import_runtime() -> Any:
         import onnxruntime
     except ModuleNotFoundError:
         raise EnvironmentNotReadyError(
-            "onnxruntime is not installed", hint="pip install 'pi-convert[onnx]'"
+            "onnxruntime is not installed", hint=install_line("onnx")
         ) from None
     return onnxruntime
 
@@ -252,7 +253,7 @@ def require_onnx() -> None:
     missing = [name for name in ("onnx", "onnx_ir") if not importlib.util.find_spec(name)]
     if missing:
         raise EnvironmentNotReadyError(
-            f"--to onnx needs {', '.join(missing)}", hint="pip install 'pi-convert[onnx]'"
+            f"--to onnx needs {', '.join(missing)}", hint=install_line("onnx")
         )
 
 

@@ -22,6 +22,7 @@ from converters.checkpoint import Checkpoint
 from converters.encodings import Encoding, decode_f32
 from converters.errors import ConvertError, EnvironmentNotReadyError, UnsupportedError
 from converters.ggml import load_ggml
+from converters.install import install_line
 from converters.progress import Progress, silent
 from converters.rope import RopeParameters
 from converters.rope.config import write_config
@@ -313,7 +314,7 @@ def _torch(device: str) -> Any:
     except ImportError as error:
         raise EnvironmentNotReadyError(
             f"verification needs torch and transformers: {error}",
-            hint="Install them: pip install 'pi-convert[verify]'",
+            hint=f"Install them: {install_line('verify')}",
         ) from error
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentNotReadyError(

@@ -30,6 +30,8 @@ def source_note(subject: Subject, progress: Progress) -> str | None:
         told = "the weights are the same"
     else:
         told = f"the weights have SHA-256 {_short(digest)} there and {_short(given_digest)} here"
+    if name == given:
+        return f"the file records other weights of {name}: {told}; another --revision has them"
     return f"the file records the source {name!r}, --against is {given!r}: {told}"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.errors import EnvironmentNotReadyError, TokenizerError
+from converters.install import install_line
 from converters.tokenizers import TokenType, Vocabulary, VocabularyKind, build_tokenizer_files
 from converters.tokenizers.pretokenizers import byte_alphabet, pre_tokenizer_named
 from converters.tokenizers.tokenizer_json import adds
@@ -180,7 +181,7 @@ def _from_sentencepiece(vocabulary: Vocabulary, model: bytes) -> ReferenceEncode
     except ImportError as error:
         raise EnvironmentNotReadyError(
             "sentencepiece is not installed: it is the oracle of a tokenizer.model",
-            hint="pip install 'pi-convert[verify]'",
+            hint=install_line("verify"),
         ) from error
     processor = SentencePieceProcessor(model_proto=model)
     ids = {vocabulary.tokens[i]: i for i in vocabulary.added_ids}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping
 
 from converters.architectures.hparams import write_gguf_hparams
@@ -115,20 +116,21 @@ def _sampling(generation_config: bytes | None) -> dict[str, object]:
     return {
         f"general.sampling.{name}": _setting(settings[key], key, kind)
         for key, (name, kind) in _SAMPLING.items()
-        if isinstance(settings.get(key), int | float) and not isinstance(settings[key], bool)
+        if settings.get(key) is not None
     }
 
 
-def _setting(value: float, key: str, kind: ValueType) -> float:
-    """A number that its type holds; ``SourceError`` for another."""
+def _setting(value: object, key: str, kind: ValueType) -> float:
+    """A number that its type holds; ``SourceError`` for anything else."""
     largest = _INT32_MAX if kind is ValueType.INT32 else _FLOAT32_MAX
-    if not abs(value) <= largest or (kind is ValueType.INT32 and value != int(value)):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= largest or (kind is ValueType.INT32 and number != int(number)):
         wanted = "a whole number" if kind is ValueType.INT32 else "a number"
         raise SourceError(
             f"{_GENERATION_CONFIG}: {key} is {shown(value)}",
             hint=f"Expected {wanted} of 32 bits; correct the file or remove it.",
         )
-    return int(value) if kind is ValueType.INT32 else value
+    return int(number) if kind is ValueType.INT32 else float(number)
 
 
 def _version() -> str:

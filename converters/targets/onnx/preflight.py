@@ -23,6 +23,7 @@ import numpy.typing as npt
 from converters.checkpoint import Checkpoint
 from converters.encodings import F16, F32, Encoding
 from converters.errors import EnvironmentNotReadyError, UnsupportedError
+from converters.install import install_line
 from converters.targets.onnx.graph import build_graph
 from converters.targets.onnx.notices import notices
 from converters.targets.onnx.options import GraphOptions
@@ -283,6 +284,6 @@ def _import_runtime() -> Any:
     except ImportError as error:
         raise EnvironmentNotReadyError(
             f"onnxruntime cannot be imported: {error}",
-            hint="pip install 'pi-convert[onnx]'",
+            hint=install_line("onnx"),
         ) from error
     return onnxruntime

@@ -23,6 +23,7 @@ from converters.containers.gguf import read_gguf_file
 from converters.errors import ConvertError, SourceError
 from converters.rope import Llama3Scaling, RopeParameters
 from converters.rope.gguf import LLAMA3_RECORD, write_llama3_record
+from pi_convert.audit import llamacpp
 from pi_convert.audit.description import describe_gguf
 from pi_convert.audit.findings import Severity
 from pi_convert.audit.llamacpp import LOADED_TYPES
@@ -113,6 +114,7 @@ W, N = Severity.WRONG, Severity.NOTE
 EIGHT = "llama.rope.scaling.factor"
 # finding id, severity, the file
 FAULTS: list[tuple[str, Severity, dict[str, Any]]] = [
+    ("file.architecture.unknown", W, {**linear(), "architecture": "gemma9"}),
     ("keys.type", W, {**linear(), "types": {EIGHT: Type.FLOAT64}}),
     ("keys.type", W, {**linear(rope__scaling__factor="8")}),
     ("keys.type", W, {**linear(), "types": {"llama.context_length": Type.UINT64}}),
@@ -379,7 +381,7 @@ def test_every_finding_is_documented_and_tested() -> None:
     documented = set(re.findall(r"^\| `([a-z0-9.-]+)` \|", document, re.MULTILINE))
     assert documented == {fault[0] for fault in FAULTS} | ELSEWHERE
     rules = set(re.findall(r"`([a-z.-]+)`", document.split("### File")[0].split("own id")[1]))
-    quiet = {"rope.use", "rope.attention-factor", "attention.window", "weights.order"}
+    quiet = {"file.known", "rope.use", "rope.attention-factor", "attention.window", "weights.order"}
     assert rules == {rule.id for rule in RULES} - quiet
 
 
@@ -445,3 +447,10 @@ def test_any_values_are_audited(
     json.dumps(description_json(description), allow_nan=False)
     with contextlib.suppress(ConvertError):
         plan_repair(file, 8.0, None)
+
+
+def test_the_architectures_are_llama_cpps(llama_cpp_source: Path) -> None:
+    text = (llama_cpp_source / "src" / "llama-arch.cpp").read_text("utf-8")
+    table = text.split("LLM_ARCH_NAMES = {")[1].split("};")[0]
+    names = set(re.findall(r'\{ *LLM_ARCH_\w+, *"([^"]+)"', table)) - {"(unknown)"}
+    assert names == llamacpp.ARCHITECTURES

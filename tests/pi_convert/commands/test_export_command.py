@@ -83,7 +83,7 @@ def test_a_dry_run_says_the_size_and_writes_nothing(
     (plan,) = json.loads(capfd.readouterr().out)["planned"]
     assert sorted(tmp_path.rglob("*")) == before
     assert export(model, tmp_path / "out") == 0
-    written = tmp_path / "out" / plan["file"]
+    written = Path(plan["path"])
     assert written.stat().st_size == plan["size_bytes"]
 
 
@@ -104,25 +104,28 @@ def test_a_dry_run_says_what_exists_and_what_would_stop_it(
 ) -> None:
     words = [model, tmp_path / "out", "--to", "safetensors", "--quantize", "f16"]
 
-    def dry(*more: str) -> str:
-        assert export(*words, "--dry-run", *more) == 0
+    def dry(*more: str, stopped: bool = False) -> str:
+        assert export(*words, "--dry-run", *more) == (1 if stopped else 0)
         return capfd.readouterr().out
 
     names = (tmp_path / "out" / "Tiny-Model-PI8-F16.gguf", tmp_path / "out" / "Tiny-Model-PI8")
     text = dry()
     assert all(f"would write  {name}" in text for name in names)
     assert not any(word in text for word in ("exists", "--force", "would stop"))
-    assert json.loads(dry("--json"))["obstacles"] == []
+    assert (document := json.loads(dry("--json")))["obstacles"] == []
+    assert [planned["path"] for planned in document["planned"]] == [str(name) for name in names]
     assert export(*words) == 0
     capfd.readouterr()
-    text = dry()
+    text = dry(stopped=True)
     assert all(f"would stop   {name} exists. Give --force to replace it." in text for name in names)
-    assert json.loads(dry("--json"))["obstacles"] == [f"{name} exists" for name in names]
+    assert json.loads(dry("--json", stopped=True))["obstacles"] == [
+        f"{name} exists" for name in names
+    ]
     text = dry("--force")
     assert text.count("in place of the one that exists") == 2
     assert "would stop" not in text
     (names[1] / "notes.txt").write_text("mine")
-    assert "notes.txt" in dry("--force")
+    assert "notes.txt" in dry("--force", stopped=True)
 
 
 def test_room_is_asked_for_once_for_all_targets(

@@ -59,7 +59,7 @@ def test_json_has_the_notices_and_the_sizes(
     assert document["notices"] == plan["notices"]
     assert [notice.split(":")[0] for notice in document["notices"]] == ["fp16", "int8"]
     for planned in document["planned"]:
-        assert (tmp_path / (planned["file"] + "_data")).stat().st_size == planned["size_bytes"]
+        assert Path(planned["path"] + "_data").stat().st_size == planned["size_bytes"]
     kinds = {planned["precision"]: planned["tensor_types"] for planned in document["planned"]}
     assert kinds == {"fp16": {"f16": 16, "f32": 5}, "int8": {"int8_b128": 16, "f32": 5}}
     (artifact,) = document["artifacts"]
@@ -141,10 +141,10 @@ def test_what_cannot_run_is_refused_before_any_work(
     monkeypatch.setattr(stream.Stream, "run", work)
     shape, words, said = REFUSED[name]
     folder = write_tiny(tmp_path / "m", shape=shape)
-    assert export(folder, tmp_path / "o", *words, "--dry-run") == 0
+    assert export(folder, tmp_path / "o", *words, "--dry-run") == 1
     assert "would stop" in (text := capfd.readouterr().out)
     assert said in text
-    assert export(folder, tmp_path / "o", *words, "--dry-run", "--json") == 0
+    assert export(folder, tmp_path / "o", *words, "--dry-run", "--json") == 1
     assert any(said in problem for problem in json.loads(capfd.readouterr().out)["obstacles"])
     assert export(folder, tmp_path / "o", *words) == 1
     assert said in capfd.readouterr().err
