@@ -12,6 +12,7 @@ try:  # these take most of the time until ``run`` can answer a Ctrl-C
     import importlib
     import logging
     import os
+    import signal
     from typing import NoReturn
 
     import click
@@ -90,8 +91,19 @@ def cli(verbose: int) -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line; known errors become one message and an exit code."""
+    """Runs the command line; known errors become one message and an exit code.
+
+    A polite end from outside (SIGTERM, a closed terminal) is answered as a Ctrl-C.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     sys.exit(run(sys.argv[1:]))
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:

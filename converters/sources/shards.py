@@ -44,7 +44,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{folder}: no {WEIGHTS}, but {', '.join(ggufs[:4])}", hint="Give the GGUF file itself."
         )
-    raise SourceError(f"{folder}: neither {WEIGHTS} nor {INDEX}", hint="Check the path.")
+    raise SourceError(
+        f"{folder}: neither {WEIGHTS} nor {INDEX}",
+        hint="Check the path; of a model from the hub, download the weights too: hf download ID",
+    )
 
 
 def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,6 +87,7 @@ class Environment:
     ggml: GgmlBuild | None
     quantizers: tuple[QuantizerUse, ...]
     gpus: tuple[str, ...]
+    onnx_providers: Mapping[str, str | None]  # None: it can be loaded; else why not
     disks: tuple[Disk, ...]
     default_model: Path | None
     problems: tuple[Problem, ...]
@@ -102,7 +104,7 @@ def survey_environment() -> Environment:
     ggml, problem = _attempt(_ggml_build)
     problems += problem
     quantizers, problem = _attempt(survey_quantizers) if ggml else (None, [])
-    problems += problem
+    problems += [Problem(p.message, p.remedy) for p in problem]
     model, problem = _attempt(_default_model)
     problems += [Problem(p.message, p.remedy) for p in problem]
     problems += _runtime_clash()
@@ -118,6 +120,7 @@ def survey_environment() -> Environment:
         ggml=ggml,
         quantizers=quantizers or (),
         gpus=gpus,
+        onnx_providers=_onnx_providers(),
         disks=tuple(_disks()),
         default_model=model,
         problems=tuple(problems),
@@ -249,6 +252,30 @@ def _gpus() -> tuple[str, ...]:
         return ()
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return tuple(f"{d.name}, {d.total_memory / 2**30:.0f} GiB" for d in devices)
+
+
+def _onnx_providers() -> dict[str, str | None]:
+    """ONNX Runtime's providers, and why one cannot be loaded: a build lists CUDA wherever it is."""
+    if find_spec("onnxruntime") is None:
+        return {}
+    import onnxruntime
+
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    return {name: _load_problem(folder, name) for name in onnxruntime.get_available_providers()}
+
+
+def _load_problem(folder: Path, provider: str) -> str | None:
+    """What a provider that is a library of its own is linked with and does not find."""
+    kind = provider.removesuffix("ExecutionProvider").lower()
+    library = folder / f"libonnxruntime_providers_{kind}.so"
+    if not library.is_file():
+        return None
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"))
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _unused_gpus(gpus: tuple[str, ...]) -> list[Problem]:

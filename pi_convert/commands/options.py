@@ -73,11 +73,15 @@ def original_context_option(function: Decorated) -> Decorated:
 
 
 def require_gguf_file(path: Path, command: str) -> None:
-    """Raises ``SourceError`` where ``path`` is no file, naming the GGUF that may be meant."""
+    """Raises ``SourceError`` where ``path`` is no file, naming the GGUF that may be meant.
+
+    ``check`` and ``verify`` take ONNX files and folders too, and ask this of what is neither.
+    """
     from converters.errors import SourceError
 
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return
+    takes = "one GGUF file" if command == "fix" else "a GGUF file, an ONNX file or its folder"
     if not path.is_dir():
         raise SourceError(f"{path}: there is no such file", hint="Check the path.")
     ggufs = sorted(path.glob("*.gguf"))
@@ -87,7 +91,7 @@ def require_gguf_file(path: Path, command: str) -> None:
     elif (path / "config.json").is_file():
         found = "a Hugging Face folder"
         words = f"pi-convert export {shlex.quote(str(path))} --to gguf --scale S"
-        hint = f"Make a GGUF of it first: {words}"
+        hint = f"Export it first: {words}"
     else:
-        found, hint = "a folder", "Give the path of a GGUF file; there is none in this folder."
-    raise SourceError(f"{path} is {found}, and {command} takes one GGUF file", hint=hint)
+        found, hint = "a folder", f"Give {takes}; there is none in this folder."
+    raise SourceError(f"{path} is {found}, and {command} takes {takes}", hint=hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from converters.install import DEFAULT_MODEL_EXTRA, DEFAULT_MODEL_LINE, install_line
 from pi_convert.audit.environment import BASE, Environment, GgmlBuild
 from pi_convert.report.console import pairs, size, table
@@ -18,6 +20,7 @@ def environment_text(environment: Environment) -> str:
         "processor": f"{environment.cores} cores usable; "
         + (" ".join(environment.processor_features) or "features not told"),
         "GPU": "; ".join(environment.gpus) or "none that torch can use",
+        "ONNX Runtime": _providers(environment.onnx_providers) or "not installed",
     }
     parts = [
         pairs(about),
@@ -33,6 +36,13 @@ def environment_text(environment: Environment) -> str:
         parts.append(f"{label}: {problem.message}\n  {problem.remedy}")
     works = "works" if environment.base_works else "is broken: see PROBLEM above"
     return "\n\n".join([*parts, f"The base install {works}."])
+
+
+def _providers(found: Mapping[str, str | None]) -> str:
+    """CPU; CUDA: libcublasLt.so.13: cannot open shared object file."""
+    names = {name.removesuffix("ExecutionProvider"): problem for name, problem in found.items()}
+    works = [name for name, problem in names.items() if problem is None]
+    return "; ".join([", ".join(works), *(f"not {n}: {p}" for n, p in names.items() if p)])
 
 
 def _ggml_text(build: GgmlBuild) -> str:
@@ -144,6 +154,7 @@ def environment_json(environment: Environment) -> dict[str, object]:
             for use in environment.quantizers
         ],
         "gpus": list(environment.gpus),
+        "onnx_providers": dict(environment.onnx_providers),
         "disks": [
             {"purpose": disk.purpose, "folder": str(disk.folder), "free_bytes": disk.free_bytes}
             for disk in environment.disks

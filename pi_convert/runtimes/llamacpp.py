@@ -129,6 +129,12 @@ class LlamaCppModel(Closing):
             self._model = None
 
 
+def _context_hint(options: LlamaCppOptions) -> str:
+    if options.flash_attention is False and options.kv_cache_type not in ("f32", "f16", "bf16"):
+        return f"A {options.kv_cache_type} cache needs --flash-attention."
+    return "Free some memory or give another --kv-cache-type."
+
+
 class LlamaCppSession(Closing):
     """One sequence in llama.cpp."""
 
@@ -149,7 +155,7 @@ class LlamaCppSession(Closing):
             raise EnvironmentNotReadyError(
                 f"{owner.path}: llama.cpp cannot open a context of {context_tokens} tokens"
                 f" with a {options.kv_cache_type} cache: {log.errors()}",
-                hint="Free some memory or give another --kv-cache-type.",
+                hint=_context_hint(options),
             )
         self._batch = api.llama_batch_init(params.n_batch, 0, 1)
         self._first: int | None = None  # position

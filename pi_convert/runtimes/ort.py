@@ -20,7 +20,7 @@ from pi_convert.runtimes.llamacpp import cores
 from pi_convert.runtimes.onnx_tables import Tables
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3  # ORT_LOGGING_LEVEL_ERROR
+_FATAL_ONLY = 4  # ORT_LOGGING_LEVEL_FATAL: what goes wrong is told by the exception
 _PAST = "past_"
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -120,8 +120,9 @@ class _Loaded:
     @classmethod
     def of(cls, path: Path, options: OrtOptions, tables: Tables | None) -> _Loaded:
         runtime = import_runtime()
+        runtime.set_default_logger_severity(_FATAL_ONLY)  # of what loads providers
         settings = runtime.SessionOptions()
-        settings.log_severity_level = _ERRORS_ONLY
+        settings.log_severity_level = _FATAL_ONLY
         settings.intra_op_num_threads = options.threads or cores()
         replaced = []
         for name, table in tables.as_mapping().items() if tables else ():

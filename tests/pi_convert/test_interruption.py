@@ -88,9 +88,13 @@ def tmpfs(folder: Path, options: str) -> tuple[str, str]:
     return unshare, mount
 
 
-def test_ctrl_c_leaves_the_old_file_and_nothing_else(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_leaves_the_old_file_and_nothing_else(
+    model: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """And so does a polite end from outside."""
     (tmp_path / NAME).write_bytes(OLD)
-    process = start_and_signal(model, tmp_path, signal.SIGINT)
+    process = start_and_signal(model, tmp_path, sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error

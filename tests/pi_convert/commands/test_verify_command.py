@@ -50,7 +50,8 @@ def test_a_folder_is_told_from_a_gguf_file(
         return capfd.readouterr().err
 
     text = said(artifact.parent)
-    assert f"error: {artifact.parent} is a folder, and {command} takes one GGUF file" in text
+    takes = "one GGUF file" if command == "fix" else "a GGUF file, an ONNX file or its folder"
+    assert f"error: {artifact.parent} is a folder, and {command} takes {takes}\n" in text
     assert f"hint: Give the file itself: pi-convert {command} {artifact}" in text
     text = said(model)
     assert "is a Hugging Face folder" in text

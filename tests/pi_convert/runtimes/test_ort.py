@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from converters.containers.onnx import read_onnx_file
+from converters.containers.onnx import OnnxFile, read_onnx_file
+from converters.errors import EnvironmentNotReadyError
 from converters.sources import open_checkpoint
 from converters.targets.onnx import PRECISIONS, GraphOptions, plan_onnx, write_onnx
+from pi_convert.evaluate.statistics import kl_divergence
 from pi_convert.runtimes.onnx_tables import stored_tables
 from pi_convert.runtimes.ort import OrtModel, OrtOptions, OrtSession
 from pi_convert.runtimes.pytorch import TorchModel
@@ -71,10 +74,41 @@ def test_a_cache_is_filled_cut_and_filled_again(
         assert np.abs(run(session, swapped, 0, 100) - right[:200]).max() > 10 * limit
 
 
+def exported(folder: Path, precision: str = "fp32") -> OnnxFile:
+    source = open_checkpoint(str(write_tiny(folder / "tiny", shape=WIDE)))
+    write_onnx(source, [plan_onnx(source, precision)], folder / "out", threads=1)
+    return read_onnx_file(folder / "out" / "onnx" / PRECISIONS[precision].file_name)
+
+
+def test_cuda_is_a_clear_error_where_it_does_not_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime itself goes on with the CPU, and complains on stderr."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(EnvironmentNotReadyError, match=r"does not run on cuda|no provider"):
+        OrtModel(exported(tmp_path, "fp16"), OrtOptions(device="cuda"), None)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    file, found = exported(tmp_path, "fp16"), []
+    for device in ("cpu", "cuda"):
+        with (
+            OrtModel(file, OrtOptions(device=device), None) as model,  # type: ignore[arg-type]
+            model.open_session(128) as session,
+        ):
+            first = run(session, TOKENS[:128], 0, 50)
+            session.keep(60)
+            found.append(np.concatenate([first[:60], run(session, TOKENS[60:128], 60, 1)]))
+    assert kl_divergence(found[1], found[0]).mean() < 1e-4
+
+
 def test_past_and_present_are_one_buffer(tmp_path: Path) -> None:
-    source = open_checkpoint(str(write_tiny(tmp_path / "tiny", shape=WIDE)))
-    write_onnx(source, [plan_onnx(source, "fp32")], tmp_path / "out", threads=1)
-    file = read_onnx_file(tmp_path / "out" / "onnx" / "model.onnx")
+    file = exported(tmp_path)
     with OrtModel(file, OrtOptions(threads=1), None) as model, model.open_session(64) as session:
         session.feed(TOKENS[:8], position=0, logits=False)
         before = {name: value.data_ptr() for name, value in session._past.items()}
