@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from converters.encodings import decode_f32
+from converters.encodings import F16, decode_f32
 from converters.errors import UnsupportedError
 from converters.tensor import Tensor
 from converters.transforms import deinterleave_rope, interleave_rope
@@ -48,6 +48,9 @@ def _cause(subject: Subject, name: str, differing_rows: int, first_row: int) -> 
 
 def _elements(found: Tensor, source: Tensor, rows: int, first: int) -> str:
     if found.encoding.is_float:
+        if not np.isfinite(found.read_f32(first, first + 1)).all():
+            limit = "; float16 ends at 65,504" if found.encoding is F16 else ""
+            return f"{found.name} has values that are not finite, first in row {first}{limit}"
         expected = encode(source.read_f32(first, first + 1), found.encoding)
         a, b = found.read_f32(first, first + 1)[0], decode_f32(expected, found.encoding)[0]
         (columns,) = np.nonzero(a != b)

@@ -26,6 +26,7 @@ class OnnxFault:
     cause: str
     precisions: tuple[str, ...] = ("fp32", "fp16", "int4")
     head: str | None = None  # the model has to be "tied" or "untied"
+    whole_heads: bool = False  # the model has to have as many kv heads as query heads
 
 
 def _factor(change: Callable[[float, random.Random], float], *, consistent: bool) -> Inject:
@@ -156,6 +157,14 @@ def _kv_swapped(file: EditableOnnx, draw: random.Random) -> str:
     return f"k and v of layer {layer} swapped"
 
 
+def _qk_swapped(file: EditableOnnx, draw: random.Random) -> str:
+    """Queries where keys belong, in a model with as many of either."""
+    layer = draw.randrange(_layers(file))
+    prefix = f"model.layers.{layer}.self_attn"
+    _swap(file, f"{prefix}.q_proj.weight", f"{prefix}.k_proj.weight")
+    return f"q and k of layer {layer} swapped"
+
+
 def _interleaved(file: EditableOnnx, draw: random.Random) -> str:
     """Query and key rows in llama.cpp's order."""
     half = file.get(COS).shape[1]
@@ -210,13 +219,14 @@ def _attention_scale(file: EditableOnnx, draw: random.Random) -> str:
 
 
 def _overflow(file: EditableOnnx, draw: random.Random) -> str:
-    """A weight as large as float16 holds: its products do not fit."""
+    """What a weight past 65,504 becomes."""
     layer = draw.randrange(_layers(file))
     name = f"model.layers.{layer}.mlp.down_proj.weight"
     values = file.get(name)
-    values[draw.randrange(len(values))] = 65504
+    row, column = (draw.randrange(size) for size in values.shape)
+    values[row, column] = np.inf
     file.set(name, values)
-    return f"a row of {name} at float16's largest"
+    return f"{name} infinite in row {row}, column {column}"
 
 
 def _other_head(file: EditableOnnx, draw: random.Random) -> str:
@@ -270,9 +280,11 @@ FAULTS = (
     OnnxFault("a layer's data is another's", _one_layer_of_another, "weights",
               r"holds model\.layers"),
     OnnxFault("k and v swapped", _kv_swapped, "weights", r"holds model\.layers"),
+    OnnxFault("q and k swapped", _qk_swapped, "weights", r"holds model\.layers",
+              whole_heads=True),
     OnnxFault("two kv heads swapped", _heads_swapped, "weights", "heads in another order"),
     OnnxFault("one bit of a weight", _one_bit, "weights", r"differs in"),
-    OnnxFault("fp16 overflow", _overflow, "weights", r"differs in", ("fp16",)),
+    OnnxFault("fp16 overflow", _overflow, "weights", r"not finite.*float16", ("fp16",)),
     OnnxFault("norm epsilon", _epsilon, "weights", r"Norm: epsilon is"),
     OnnxFault("attention scale", _attention_scale, "weights", r"Attention: scale is"),
     OnnxFault("tied head lost", _other_head, "weights", "head", head="tied"),

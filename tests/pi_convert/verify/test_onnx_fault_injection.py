@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
@@ -30,16 +31,23 @@ class Rejection:
     verdict: Verdict
 
 
-RIGHT: dict[tuple[str, float, bool], Export] = {}
+RIGHT: dict[tuple[str, float, bool, bool], Export] = {}
 REJECTIONS: dict[tuple[str, str], Rejection] = {}
 
 
 def right_export(
-    precision: str, scale: float, factory: pytest.TempPathFactory, *, tied: bool
+    precision: str,
+    scale: float,
+    factory: pytest.TempPathFactory,
+    *,
+    tied: bool,
+    whole_heads: bool = False,
 ) -> Export:
-    key = precision, scale, tied
+    key = precision, scale, tied, whole_heads
     if key not in RIGHT:
         shape = BLOCKS if precision == "int4" else TINY
+        if whole_heads:
+            shape = dataclasses.replace(shape, kv_heads=shape.heads)
         folder = factory.mktemp("onnx")
         RIGHT[key] = export_onnx(folder, precision, scale=scale, shape=shape, tied=tied)
     return RIGHT[key]
@@ -51,7 +59,9 @@ def reject(fault: OnnxFault, precision: str, factory: pytest.TempPathFactory) ->
     if key not in REJECTIONS:
         draw = random.Random(" ".join(key))
         tied = precision == "int4" if fault.head is None else fault.head == "tied"
-        right = right_export(precision, draw.choice(SCALES), factory, tied=tied)
+        right = right_export(
+            precision, draw.choice(SCALES), factory, tied=tied, whole_heads=fault.whole_heads
+        )
         done: list[str] = []
         broken = edit_onnx(
             right.path,
