@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -209,11 +210,28 @@ def as_text(rows: list[Row], versions: dict[str, str], command: str) -> str:
             f" | {r['ours_peak_mib']} MiB |"
             for r in growth_rows
         ]
+        lines += ["", fit_text(growth_rows)]
     for row in rows:
         if "import_click_wall_s" in row:
             lines += ["", f"`pi-convert --help`: {row['ours_wall_s']} s;"
                       f" `python -c 'import click'`: {row['import_click_wall_s']} s"]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def fit_text(rows: list[Row]) -> str:
+    """A line through wall time over parameters, by least squares."""
+    parameters = [float(row["parameters_m"]) / 1e3 for row in rows]  # type: ignore[arg-type]
+    walls = [float(row["ours_wall_s"]) for row in rows]  # type: ignore[arg-type]
+    slope, start = statistics.linear_regression(parameters, walls)
+    off = max(
+        abs(wall - start - slope * size) / wall
+        for size, wall in zip(parameters, walls, strict=True)
+    )
+    peaks = [float(row["ours_peak_mib"]) for row in rows]  # type: ignore[arg-type]
+    return (
+        f"Fit: {start:.2f} s + {slope:.1f} s a billion parameters, the farthest point {off:.0%} off"
+        f" it; peak memory {min(peaks):.0f} to {max(peaks):.0f} MiB."
+    )
 
 
 def share_text(row: Row) -> str:

@@ -164,9 +164,13 @@ class _Decoder:
     def _add_norm(
         self, name: str, weight: str, states: ir.Value, hidden: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """(norm of the sum, the sum)."""
+        """(norm of the sum, the sum).
+
+        In one operator for a GPU alone: the CPU provider takes twice as long for it as for two
+        (benchmarks/onnx_norms.py).
+        """
         states = self._widened(name, states)
-        if self._options.portable:
+        if self._options.portable or self._ops.is_float32:
             total = self._ops(f"{name}/Add", "Add", states, hidden)
             return self._norm(name, weight, total), total
         name = f"{name}/SkipLayerNorm"
