@@ -56,6 +56,7 @@ bench: install-dev
 	$(BIN)/python benchmarks/export_onnx.py
 	$(BIN)/python benchmarks/run_onnx.py
 	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -f converters/ggml/*.so
