@@ -55,6 +55,8 @@ bench: install-dev
 	$(BIN)/python benchmarks/export_gguf.py
 	$(BIN)/python benchmarks/export_onnx.py
 	$(BIN)/python benchmarks/run_onnx.py
+	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -f converters/ggml/*.so

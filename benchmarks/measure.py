@@ -25,7 +25,15 @@ class Run:
 
 def run(commands: list[list[str]], environment: dict[str, str] | None = None) -> Run:
     """Runs the commands one after the other: summed time, the largest process's peak memory."""
+    return run_and_read(commands, environment)[0]
+
+
+def run_and_read(
+    commands: list[list[str]], environment: dict[str, str] | None = None
+) -> tuple[Run, str]:
+    """``run``, and all that the commands printed."""
     wall = cpu = peak = 0.0
+    printed = ""
     for command in commands:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -33,15 +41,16 @@ def run(commands: list[list[str]], environment: dict[str, str] | None = None) ->
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None
-        output = process.stdout.read()
+        output = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{command} failed with {process.returncode}:\n{output.decode()[-3000:]}")
+            sys.exit(f"{command} failed with {process.returncode}:\n{output[-3000:]}")
         wall += time.perf_counter() - started
         cpu += usage.ru_utime + usage.ru_stime
         peak = max(peak, usage.ru_maxrss / 1024)
-    return Run(wall, cpu, peak)
+        printed += output
+    return Run(wall, cpu, peak), printed
 
 
 def median(runs: list[Run]) -> Run:

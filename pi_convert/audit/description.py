@@ -24,6 +24,7 @@ from converters.tokenizers import Vocabulary
 from pi_convert.audit import llamacpp
 from pi_convert.audit import tokenizer_keys as keys
 from pi_convert.audit.header import Header, short
+from pi_convert.audit.stripped import unrecorded_scaling
 from pi_convert.audit.tokenizer_rules import length
 
 _CACHE_ELEMENT_BYTES = 2  # float16, llama.cpp's default
@@ -117,6 +118,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint that can be exported."""
     rope, hparams, vocabulary = checkpoint.rope, checkpoint.hparams, checkpoint.vocabulary
     tensors = _groups((t.encoding, t.elements, t.size_bytes) for t in checkpoint.tensors.values())
+    lost = unrecorded_scaling(checkpoint)
     return Description(
         label=checkpoint.origin.label,
         container=checkpoint.origin.kind,
@@ -143,6 +145,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         },
         sliding_window=hparams.sliding_window,
         record=_finetuning(checkpoint),
+        notes=(lost,) if lost else (),
     )
 
 

@@ -50,11 +50,13 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
     """Plans, writes, proves and reports; the exit code."""
     from converters.errors import ConvertError
     from converters.ggml import load_quantizer
+    from pi_convert.audit.stripped import lost_scaling
     from pi_convert.report.console import emit, emit_json, progress
     from pi_convert.report.export import ExportReport, dry_run_text, export_json, header_text
 
     checkpoint = source.interpolate(scale)
     load_quantizer(options.quantizer)  # one that cannot be had is said before any work
+    lost = lost_scaling(source)
     report = ExportReport(
         source,
         checkpoint,
@@ -63,11 +65,12 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
         onnx_plans=_onnx_plans(checkpoint, options),
         out=options.out,
         folder=_folder(options, checkpoint),
+        notices=(lost,) if lost else (),
     )
     targets = _targets(report, options)
     obstacles = _obstacles(targets, options)
     try:
-        report = replace(report, notices=_preflight(report, options))
+        report = replace(report, notices=(*report.notices, *_preflight(report, options)))
     except ConvertError as error:
         obstacles = (*obstacles, error)
     if not options.as_json:

@@ -176,12 +176,11 @@ def command(
 def _scale(stated: float | None, source: Checkpoint) -> float:
     """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
     from converters.errors import RopeError
+    from pi_convert.audit.stripped import unrecorded_scaling
 
     factor, kind = source.rope.factor, source.origin.kind
     if stated is None and factor == 1.0:
-        what = (
-            "the adapter and its base record no factor" if kind == "adapter" else "MODEL has none"
-        )
+        what = unrecorded_scaling(source) or "MODEL has none"
         raise click.UsageError(f"Missing option '--scale': {what}.")
     if kind == "adapter" and stated not in (None, 1.0) and factor != 1.0:
         raise RopeError(

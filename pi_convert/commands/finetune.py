@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from pi_convert.commands.options import (
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
-    from pi_convert.finetune.run import Finetuned
+    from pi_convert.finetune.run import Finetuned, FinetuneRequest
     from pi_convert.finetune.train import StepReport
 
 PRESETS = ("paper", "lora", "quick")
@@ -172,8 +173,45 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
         device=flags["device"],
         resume=flags["resume"],
     )
-    with progress() as tell:
-        return finetune(request, _Teller(), tell)
+    teller, started = _Teller(), time.monotonic()
+    try:
+        with progress() as tell:
+            return finetune(request, teller, tell)
+    finally:  # a run that ends in an error or at a second Ctrl-C has its losses too
+        if teller.first is not None:
+            _draw(request, teller.first, time.monotonic() - started)
+
+
+def _draw(request: FinetuneRequest, first: int, seconds: float) -> None:
+    """The page of losses; where it cannot be written, how the run ended matters more."""
+    from converters.errors import ConvertError
+    from pi_convert.finetune.run import RUN
+    from pi_convert.finetune.train import LOG_NAME
+    from pi_convert.report.finetune import LossPlot, write_loss_plot
+    from pi_convert.report.provenance import environment
+
+    recipe = request.recipe
+    settings = {
+        "device": request.device,
+        "preset": recipe.preset,
+        "scale": f"{recipe.scale:g}",
+        "window": recipe.window,
+        "windows a step": recipe.global_batch,
+        "peak learning rate": f"{recipe.learning_rate:g}",
+        "seed": recipe.seed,
+    }
+    plot = LossPlot(
+        log=request.out / RUN / LOG_NAME,
+        name=request.target.artifact_name,
+        steps=recipe.steps,
+        first=first,
+        seconds=seconds,
+        environment=environment(["torch"], settings),
+    )
+    try:
+        click.echo(f"losses: {write_loss_plot(plot)}", err=True)
+    except ConvertError as error:
+        click.echo(f"losses were not drawn: {error.message}", err=True)
 
 
 def tuned_source(
@@ -212,13 +250,15 @@ class _Teller:
     """One line a step on stderr; after the first, what the whole run will take."""
 
     def __init__(self) -> None:
-        self._told = False
+        self.first: int | None = None  # step that was told; none in processes that do not tell
 
     def __call__(self, report: StepReport) -> None:
         from pi_convert.report.console import size
 
-        if not self._told and report.step < report.steps:
-            self._told = True
+        is_first = self.first is None
+        if is_first:
+            self.first = report.step
+        if is_first and report.step < report.steps:
             click.echo(
                 f"estimate: {_duration(report.seconds_left)} for {report.steps - report.step:,}"
                 f" more steps, {size(report.peak_bytes)} of memory at the peak, from a measured"

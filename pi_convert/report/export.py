@@ -41,7 +41,7 @@ class ExportReport:
     onnx_plans: tuple[OnnxPlan, ...] = ()
     out: Path = Path()  # the folder to write to
     folder: Path | None = None  # where a safetensors folder would go
-    notices: tuple[str, ...] = ()  # what to know of the ONNX files before they are written
+    notices: tuple[str, ...] = ()  # what to know before anything is written
     obstacles: tuple[ConvertError, ...] = ()  # outputs that exist and would not be replaced
     ggufs: tuple[GgufArtifact, ...] = ()
     folders: tuple[FolderArtifact, ...] = ()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
+from pi_convert.commands.inspect import command as inspect
 from tests.tiny import VOCABULARY, write_tiny
 
 # float32: PEFT multiplies whole matrices, we rows of them; sums of 8 products round otherwise.
@@ -117,7 +118,10 @@ def test_an_adapter_that_records_no_factor_needs_a_scale(tmp_path: Path) -> None
     adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
     silent = run(tmp_path / "tuned", "--out", tmp_path / "out")
     assert silent.exit_code == 2
-    assert "record no factor" in silent.output
+    assert "nor its base records a factor" in silent.output
+    assert "`pi-convert probe`" in silent.output
+    shown = CliRunner().invoke(inspect, [str(tmp_path / "tuned")])
+    assert "note: this model is an adapter" in shown.stdout
     assert run(tmp_path / "tuned", "--out", tmp_path / "out", "--scale", 4).exit_code == 0
 
 

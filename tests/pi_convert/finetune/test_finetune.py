@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pi_convert.finetune.model import (
     require_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
+from pi_convert.report.finetune import LossPlot, write_loss_plot
 
 # The step's arithmetic is the same; gloo's sum of gradients rounds in another order.
 PROCESSES_AGREE = 1e-5
@@ -112,6 +114,27 @@ def test_the_log_has_every_step_and_perplexity_on_both_sides_of_l(whole: Path) -
     assert log[2]["learning_rate"] > log[1]["learning_rate"]
 
 
+def test_the_losses_are_drawn_on_a_page_of_their_own(whole: Path) -> None:
+    page = (whole / "run" / "loss.html").read_text()
+    log = log_of(whole)
+    assert f"Loss {log[0]['loss']:.4f} in step 1, {log[-1]['loss']:.4f} in step 8 of 8" in page
+    assert "Stopped" not in page
+    for name, points in (("trained windows", 8), ("held out, positions past L", 2)):
+        assert page.count(f"<title>{name}: ") == 2 * points  # drawn wide and narrow
+    assert not re.search(r"<script|<link|src=|url\(", page)
+
+
+def test_long_runs_are_drawn_as_means(tmp_path: Path) -> None:
+    log = tmp_path / "trainer_log.jsonl"
+    keys = {"tokens": 1, "perplexity_below": None, "perplexity_past": None}
+    entries = [{"step": step, "loss": 1.0 + step % 5, **keys} for step in range(1, 1001)]
+    log.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries) + '{"step": 10')
+    page = write_loss_plot(LossPlot(log, "m", 2000, 501, 1.0, {})).read_text()
+    assert page.count("<title>trained windows, means of 5 steps: 3 at ") == 2 * 200
+    assert "--resume goes on to step 2,000" in page
+    assert "Resumed at step 501" in page
+
+
 def test_resuming_after_sigkill_gives_the_uninterrupted_run(
     model: Path, text: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +175,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         said = running.stderr.read()
         assert running.wait() == 130, said
     assert "--resume" in said
+    assert "Stopped; the same command" in (out / "run" / "loss.html").read_text()
     finetuned(model, text, out, *more, "--resume", steps=8)
     assert weights(out) == weights(whole)
 
@@ -199,6 +223,7 @@ def test_a_bad_loss_stops_before_it_moves_a_weight(model: Path, text: Path, tmp_
         finetuned(model, text, out, "--learning-rate", "1e30", "--save-every", "1", steps=6)
     kept = sorted((out / "run" / "checkpoints").glob("checkpoint-*"))
     assert kept
+    assert (out / "run" / "loss.html").is_file()
     assert not (out / "config.json").exists()
 
 
