@@ -111,9 +111,7 @@ def _from_extended(claims: ContextClaims, factor: float) -> Contexts:
     agreed = claims.hint == claims.max_position
     reason = f"{claims.max_position_key} / {factor:g}"
     sentence = (
-        f"{reason}, since {claims.hint_key} equals it"
-        if agreed
-        else f"{reason}, assuming that it is L'"
+        f"{reason}, since {claims.hint_key} equals it" if agreed else f"{reason}, as if it were L'"
     )
     return Contexts(
         original,

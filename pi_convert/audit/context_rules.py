@@ -62,7 +62,9 @@ def _unscaled(header: Header, context: int, original: int | None) -> Iterator[Fi
 
 
 def _without_original(header: Header, context: int, factor: float) -> Finding:
-    shown = header.shown(spelling.CONTEXT_KEY, spelling.FACTOR_KEY, spelling.ORIGINAL_KEY)
+    legacy = spelling.FACTOR_KEY not in header.keys and spelling.LEGACY_FACTOR_KEY in header.keys
+    factor_key = spelling.LEGACY_FACTOR_KEY if legacy else spelling.FACTOR_KEY
+    shown = header.shown(spelling.CONTEXT_KEY, factor_key, spelling.ORIGINAL_KEY)
     full = scaled_context(context, factor)
     name = _name_saying(header, full)
     if name:

@@ -211,10 +211,11 @@ def _name_by_imposing(
 
 
 def _control(identity: _Identity, expected: RopeParameters, difference: float) -> Control:
-    """A factor that is hardly another one: it has to be seen."""
+    """A factor that is hardly another one: to be seen, unless the run itself is farther off."""
     factor = _control_factor(expected)
     seen, _ = identity.difference(ImposedRope.of(dataclasses.replace(expected, factor=factor)))
-    return Control(f"factor {factor:.8g} imposed", seen, difference, seen > identity.allowed)
+    is_seen = seen > max(identity.allowed, difference)
+    return Control(f"factor {factor:.8g} imposed", seen, difference, is_seen)
 
 
 def _control_factor(expected: RopeParameters) -> float:

@@ -56,7 +56,7 @@ def _result(
     else:
         notes += [f"{difference}; the ids are the same" for difference in splitting]
     if stored.chat_template is None and expected.chat_template is not None:
-        notes.append("the source's chat template is missing")
+        notes.append("no chat template, where the source has one")
     measures: dict[str, float | int | str] = {
         "tokens compared": comparison.tokens,
         "texts": sum(comparison.cases.values()),
