@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,26 +15,14 @@ from hypothesis import strategies as st
 
 from converters.encodings import ENCODINGS, Encoding
 from converters.errors import ConvertError
-from converters.ggml import Floats, kernels, load_ggml, load_quantizer, quantizer
-from converters.ggml.kernels import INSTRUCTION_SETS, Agreement, Kernels, agrees, find_kernels
+from converters.ggml import Floats, load_ggml, load_quantizer, quantizer
+from converters.ggml.kernels import INSTRUCTION_SETS, Agreement, Kernels
 from converters.sources import open_checkpoint
+from tests.native import REPOSITORY, TYPES, compiled, load, loadable, weights
 from tests.tiny import write_tiny
 
-REPOSITORY = Path(__file__).parents[2]
-BUILT = REPOSITORY / "converters" / "ggml"
-TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 MANY = 100_000_000  # elements of each type
 HANDED_SHARE = 1e-3  # of real weights' blocks, made by ggml's own function
-
-
-def load(name: str) -> Kernels:
-    path = BUILT / f"_kquants_{name}.so"
-    if not path.is_file():
-        pytest.skip(f"{path.name} was not compiled with this installation")
-    library = ctypes.CDLL(str(path))
-    if not library.pi_supported():
-        pytest.skip(f"this processor has no {name}")
-    return Kernels(path, library, load_ggml())
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -50,14 +35,6 @@ def assert_same(built: Kernels, name: str, values: Floats) -> int:
     made = built.quantize(ENCODINGS[name], values)
     np.testing.assert_array_equal(made.raw, load_ggml().quantize(ENCODINGS[name], values))
     return made.handed
-
-
-def weights(rows: int, seed: int, tail: float = 5.0) -> Floats:
-    """Like trained weights: rows of different spread, heavy tails."""
-    random = np.random.default_rng(seed)
-    spread = np.exp(random.normal(-4, 0.5, (rows, 1)))
-    values: Floats = (random.standard_t(tail, (rows, 256)) * spread).astype(np.float32)
-    return values
 
 
 SPECIAL = {
@@ -135,8 +112,8 @@ def test_tiny_models(built: Kernels, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_realistic_elements() -> None:
-    """Both instruction sets against one run of ggml."""
-    sets = [load(name) for name in INSTRUCTION_SETS]
+    """The instruction sets of this processor against one run of ggml."""
+    sets = loadable()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, handed in zip(TYPES, pool.map(lambda n: _many(sets, n), TYPES), strict=True):
             assert handed <= HANDED_SHARE, name
@@ -170,51 +147,6 @@ def test_threads_and_chunks_change_nothing(built: Kernels, name: str) -> None:
             np.testing.assert_array_equal(np.concatenate(list(parts)), whole)
 
 
-def compiled(folder: Path, name: str, *flags: str) -> Path:
-    """The kernels compiled anew with other flags; ``folder`` is made."""
-    sys.path.insert(0, str(REPOSITORY))
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip("no C++ compiler")
-    hook = {}
-    source = (REPOSITORY / "hatch_build.py").read_text("utf-8")
-    constants = source[source.index("SOURCE =") : source.index("class CompileKernels")]
-    exec(constants, hook)  # its flags, without hatchling
-    folder.mkdir()
-    out = folder / f"_kquants_{name}.so"
-    command = [compiler, *hook["FLAGS"], *hook["INSTRUCTION_SETS"][name], *flags]
-    subprocess.run([*command, hook["SOURCE"], "-o", str(out)], cwd=REPOSITORY, check=True)
-    return out
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_a_contracted_build_is_found_out(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    load(name)
-    ggml = load_ggml()
-    compiled(tmp_path / "bad", name, "-mfma", "-ffp-contract=fast")
-    compiled(tmp_path / "good", name)
-    bad, good = find_kernels(ggml, tmp_path / "bad"), find_kernels(ggml, tmp_path / "good")
-    assert isinstance(bad, Kernels)
-    assert isinstance(good, Kernels)
-    for kind in TYPES:
-        assert agrees(good, ggml, ENCODINGS[kind]), kind
-    for kind in ("q2_k", "q4_k", "q5_k", "q6_k"):
-        assert not agrees(bad, ggml, ENCODINGS[kind]), kind
-    with caplog.at_level(logging.WARNING):
-        asked = quantizer.Quantizer(ggml, "auto", bad, None, Agreement(bad, ggml, None))
-        assert asked.kernels_of(ENCODINGS["q4_k"]) is None
-    assert "do not agree" in caplog.text
-    values = weights(600, 1)
-    for kind in TYPES:
-        right = ggml.quantize(ENCODINGS[kind], values)
-        np.testing.assert_array_equal(asked.quantize(ENCODINGS[kind], values), right)
-    native = quantizer.Quantizer(ggml, "native", bad, None, Agreement(bad, ggml, None))
-    with pytest.raises(ConvertError, match="do not agree with this build of ggml for q4_k"):
-        native.quantize(ENCODINGS["q4_k"], values)
-
-
 SANITIZED = """
 import ctypes, sys
 import numpy as np
@@ -223,7 +155,8 @@ from pathlib import Path
 from converters.encodings import ENCODINGS
 from converters.ggml import load_ggml
 from converters.ggml.kernels import Kernels
-from tests.converters.test_kernels import SPECIAL, TYPES, weights
+from tests.converters.test_kernels import SPECIAL
+from tests.native import TYPES, weights
 path = Path(sys.argv[1])
 built = Kernels(path, ctypes.CDLL(str(path)), load_ggml())
 for name in TYPES:
@@ -252,24 +185,6 @@ def test_a_sanitized_build_is_clean(name: str, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.stdout.strip() == "clean", found.stderr[-3000:]
-
-
-def test_agreement_is_kept_by_build_and_processor(built: Kernels, tmp_path: Path) -> None:
-    ggml, cache = load_ggml(), tmp_path / "c" / "k.json"
-    assert Agreement(built, ggml, cache)(ENCODINGS["q4_k"])
-    assert cache.read_text() == '{"q4_k": true}'
-    cache.write_text('{"q4_k": false}')
-    assert not Agreement(built, ggml, cache)(ENCODINGS["q4_k"])  # it is read
-    for damaged in ("{", "[]", '{"q4_k": 1}'):
-        cache.write_text(damaged)
-        assert Agreement(built, ggml, cache)(ENCODINGS["q4_k"])
-    other = load("avx2" if built.instruction_set == "avx512" else "avx512")
-    assert kernels.cache_file(built, ggml) != kernels.cache_file(other, ggml)
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(built: Kernels, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert Agreement(built, load_ggml(), tmp_path / "file" / "k.json")(ENCODINGS["q6_k"])
 
 
 def test_types_without_a_kernel_are_ggmls(built: Kernels) -> None:
