@@ -42,7 +42,7 @@ def _draw(rows: int) -> Drawn:
 
 def _like_weights(drawn: Drawn) -> Floats:
     """Of many magnitudes; some rows are flat, zero in part, of one sign or with an outlier."""
-    uniform: Floats = drawn / np.float32(2**15)
+    uniform: Floats = drawn.astype(np.float32) / np.float32(2**15)
     values: Floats = uniform * uniform * uniform
     values *= np.float32(0.1)
     values[::7] = np.float32(0.02) * uniform[::7]  # flat instead of peaked

@@ -132,26 +132,25 @@ class Agreement:
     def __init__(self, kernels: Kernels, ggml: Ggml, cache: Path | None) -> None:
         self._kernels, self._ggml, self._cache = kernels, ggml, cache
         self._known = self._read()
+        self._warned: set[Encoding] = set()
         self._lock = threading.Lock()  # of trying a type out
 
     def __call__(self, encoding: Encoding) -> bool:
-        """Whether ``encoding`` agrees; the first time it is tried out."""
+        """Whether ``encoding`` agrees; tried out the first time. One warning where it does not."""
         if encoding not in self._kernels.encodings:
             return False
         with self._lock:
             if encoding.name not in self._known:
-                self._try_out(encoding)
+                self._known[encoding.name] = agrees(self._kernels, self._ggml, encoding)
+                self._write()
+            if not self._known[encoding.name] and encoding not in self._warned:
+                self._warned.add(encoding)
+                _log.warning(
+                    "%s: the %s kernels do not agree with this build of ggml and are not used",
+                    encoding.name,
+                    self._kernels.instruction_set,
+                )
             return self._known[encoding.name]
-
-    def _try_out(self, encoding: Encoding) -> None:
-        self._known[encoding.name] = agrees(self._kernels, self._ggml, encoding)
-        self._write()
-        if not self._known[encoding.name]:
-            _log.warning(
-                "%s: the %s kernels do not agree with this build of ggml, which is used instead",
-                encoding.name,
-                self._kernels.instruction_set,
-            )
 
     def _read(self) -> dict[str, bool]:
         if self._cache is None:
@@ -184,7 +183,7 @@ def cache_file(kernels: Kernels, ggml: Ggml) -> Path:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(_processor().encode())
     digest.update(f"{_CHECKED_ROWS} {_CHECKED_ROWS_ELSE}".encode())
-    digest.update(checked_values(_EVERY_KIND))
+    digest.update(checked_values(_EVERY_KIND).data)
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "pi-convert" / f"kernels-{digest.hexdigest()[:32]}.json"
 

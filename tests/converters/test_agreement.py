@@ -152,17 +152,25 @@ def test_a_contracted_build_is_found_out(
         right = ggml.quantize(ENCODINGS[kind], values)
         np.testing.assert_array_equal(asked.quantize(ENCODINGS[kind], values), right)
     native = quantizer.Quantizer(ggml, "native", bad, None, Agreement(bad, ggml, None))
-    with pytest.raises(ConvertError, match="do not agree with this build of ggml for q4_k"):
+    with pytest.raises(ConvertError, match="do not agree with this build of ggml for q4_k") as got:
         native.quantize(ENCODINGS["q4_k"], values)
+    assert "reinstall" not in str(got.value.hint)
 
 
-def test_agreement_is_kept_by_build_and_processor(tmp_path: Path) -> None:
+def test_agreement_is_kept_by_build_and_processor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     built = loadable()[0]
     ggml, cache = load_ggml(), tmp_path / "c" / "k.json"
     assert Agreement(built, ggml, cache)(ENCODINGS["q4_k"])
     assert cache.read_text() == '{"q4_k": true}'
-    cache.write_text('{"q4_k": false}')
-    assert not Agreement(built, ggml, cache)(ENCODINGS["q4_k"])  # it is read
+    assert not caplog.records
+    cache.write_text('{"q4_k": false, "q5_k": true}')
+    read = Agreement(built, ggml, cache)
+    for _ in range(2):
+        assert not read(ENCODINGS["q4_k"])
+        assert read(ENCODINGS["q5_k"])
+    assert [record.getMessage()[:5] for record in caplog.records] == ["q4_k:"]  # once a process
     for damaged in ("{", "[]", '{"q4_k": 1}'):
         cache.write_text(damaged)
         assert Agreement(built, ggml, cache)(ENCODINGS["q4_k"])
