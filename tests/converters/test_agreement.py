@@ -74,7 +74,7 @@ CONTRACTED: Mapping[tuple[str, ...], Mapping[str, str]] = {
     },
     ("q6_k",): {
         "sum_xl += weighted[i] * level;": "sum_xl = fused(weighted[i], level, sum_xl);",
-        "sum_l2 += square[i] * level * level;": "sum_l2 = fused(square[i] * level, level, sum_l2);",
+        "sum_l2 += weight[i] * level * level;": "sum_l2 = fused(weight[i] * level, level, sum_l2);",
         "(sum_xl * sum_xl > best * sum_l2)": "(fused(sum_xl, sum_xl, -(best * sum_l2)) > 0)",
         "nearest_float(inverse * x[i],": "nearest_of(inverse, x[i],",
         "min(127, nearest(inverse * scale[j]))": "min(127, nearest_of(inverse, scale[j]))",
