@@ -66,12 +66,17 @@ template <int Top> Ints level_around(Floats x, Floats step) {
     return clamp(nearest(x / step), -Top, Top - 1) + Top;
 }
 
-// Element by element, weights of q4_K and q5_K: the root mean square plus the magnitude.
+// Weights, element by element. Those of q4_K and q5_K: the root mean square plus the magnitude.
 template <int Size> void magnitude_weights(const Floats *x, Floats *weight) {
     Floats sum = floats(0);
     for (int i = 0; i < Size; ++i) sum += x[i] * x[i];
     const Floats typical = square_root(sum / float(Size));
     for (int i = 0; i < Size; ++i) weight[i] = typical + absolute(x[i]);
+}
+
+// Those of q6_K and iq4.
+template <int Size> void square_weights(const Floats *x, Floats *weight) {
+    for (int i = 0; i < Size; ++i) weight[i] = x[i] * x[i];
 }
 
 struct Q4K {
@@ -169,7 +174,9 @@ inline float extreme_scale(const float *scale, int count) {
 struct Q6K {
     static constexpr int BLOCK = QK_K, SUB = 16, BYTES = 210;
     static void search(const Floats *x, Floats &scale, Floats &minimum) {
-        scale = search_symmetric<SUB, 32>(x);
+        Floats weight[SUB];
+        square_weights<SUB>(x, weight);
+        scale = search_symmetric<SUB, 32>(x, weight);
         minimum = floats(0);
     }
     static bool scales(const float *scale, const float *, uint8_t *y, Steps steps) {
@@ -244,7 +251,9 @@ inline void pack_iq4(const uint8_t *level, uint8_t *y, int count) {
 struct IQ4XS {
     static constexpr int BLOCK = QK_K, SUB = 32, BYTES = 136;
     static void search(const Floats *x, Floats &scale, Floats &minimum) {
-        scale = search_iq4<SUB>(x);
+        Floats weight[SUB];
+        square_weights<SUB>(x, weight);
+        scale = search_iq4<SUB>(x, weight);
         minimum = floats(0);
     }
     static bool scales(const float *scale, const float *, uint8_t *y, Steps steps) {

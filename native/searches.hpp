@@ -5,6 +5,11 @@
 // runs one sub-block after the other, and its sums over a sub-block must stay serial, since another
 // order of additions gives other bytes. Sub-blocks do not depend on each other, so a register of
 // them goes through the serial sums at once. Where ggml branches, a lane keeps what it had.
+//
+// Weights are the caller's, as in ggml: with an importance matrix they are
+// importance * sqrt(sigma2 + x^2), and search_symmetric (with Top 4 for q3_K too) and search_iq4 are
+// the same loops. q2_K, q4_K and q5_K then have make_qkx3_quants, which is search_with_minimum with
+// other candidates, and the block's own scales are searched (make_qp_quants), which is not here.
 #pragma once
 
 #include <cmath>
@@ -94,22 +99,19 @@ template <int Size> Floats extreme(const Floats *x, Floats &magnitude) {
     return found;
 }
 
-// A scale alone, levels from -Top to Top - 1, elements weighted by their squares: of 19 candidates
-// the one that leaves the least weighted squared error.
-template <int Size, int Top> Floats search_symmetric(const Floats *x) {
-    Floats magnitude, sum_xl, sum_l2, weighted[Size], square[Size];
+// A scale alone, levels from -Top to Top - 1: of 19 candidates the one that leaves the least
+// weighted squared error.
+template <int Size, int Top> Floats search_symmetric(const Floats *x, const Floats *weight) {
+    Floats magnitude, sum_xl, sum_l2, weighted[Size];
     const Floats largest = extreme<Size>(x, magnitude);
-    for (int i = 0; i < Size; ++i) {
-        square[i] = x[i] * x[i];
-        weighted[i] = square[i] * x[i];
-    }
+    for (int i = 0; i < Size; ++i) weighted[i] = weight[i] * x[i];
     const auto sum = [&](Floats inverse) {
         sum_xl = sum_l2 = floats(0);
         for (int i = 0; i < Size; ++i) {
             // At most Top + 1, since x is at most the largest.
             const Floats level = nearest_float(inverse * x[i], -Top, Top - 1);
             sum_xl += weighted[i] * level;
-            sum_l2 += square[i] * level * level;
+            sum_l2 += weight[i] * level * level;
         }
     };
     sum(float(-Top) / largest);
@@ -126,7 +128,8 @@ template <int Size, int Top> Floats search_symmetric(const Floats *x) {
 }
 
 // A scale alone, levels from -Top to Top - 1: levels are improved one by one, at most five times
-// through. A lane that has come to rest stays as it is while others go on.
+// through. A lane that has come to rest stays as it is while others go on. Elements are weighted by
+// their squares: ggml never calls this search with an importance matrix.
 template <int Size, int Top> Floats search_by_exchange(const Floats *x) {
     Floats magnitude, level[Size], weighted[Size], square[Size];
     Floats sum_xl = floats(0), sum_l2 = floats(0);
@@ -183,16 +186,15 @@ inline Ints iq4_index(Floats x) {
     return x - iq4_level(below) < iq4_level(upper) - x ? below : upper;
 }
 
-// A scale for iq4's levels, elements weighted by their squares: of 16 candidates the best.
-template <int Size> Floats search_iq4(const Floats *x) {
-    Floats magnitude, sum_xq, sum_q2, square[Size];
+// A scale for iq4's levels: of 16 candidates the one of the least weighted squared error.
+template <int Size> Floats search_iq4(const Floats *x, const Floats *weight) {
+    Floats magnitude, sum_xq, sum_q2;
     const Floats largest = extreme<Size>(x, magnitude);
-    for (int i = 0; i < Size; ++i) square[i] = x[i] * x[i];
     const auto sum = [&](Floats inverse) {
         sum_xq = sum_q2 = floats(0);
         for (int i = 0; i < Size; ++i) {
             const Floats level = iq4_level(iq4_index(inverse * x[i]));
-            const Floats weighted = square[i] * level;
+            const Floats weighted = weight[i] * level;
             sum_xq += weighted * x[i];
             sum_q2 += weighted * level;
         }

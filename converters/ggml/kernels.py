@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.encodings import ENCODINGS, Encoding
+from converters.ggml.checked_values import checked_values
 from converters.ggml.quantize import Floats, Ggml, Raw
 
 _log = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ _REFERENCES: Mapping[str, str] = {
     "iq4_xs": "quantize_iq4_xs",
 }
 KERNEL_TYPES = tuple(_REFERENCES)
-# A kernel compiled with contraction differs from ggml in 0.5 % of q4_k's bytes and in 1e-4 of
-# q6_k's: 2048 blocks of 256 see some 50 of the latter. iq4 is slow in ggml.
-_CHECKED_ROWS = {"iq4_nl": 256, "iq4_xs": 256}
-_CHECKED_ROWS_ELSE = 2048
-_ROW = 256
+# So many that a kernel, or a ggml, that was compiled with any one of its expressions contracted
+# differs in 10 of them and more, tests/converters/test_agreement.py. All types take 3.2 s of one
+# AVX-512 core, once.
+_CHECKED_ROWS = {"iq4_nl": 6144, "iq4_xs": 6144}
+_CHECKED_ROWS_ELSE = 24576
+_EVERY_KIND = 512  # rows among which are all kinds of checked values
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +114,16 @@ def find_kernels(ggml: Ggml, folder: Path | None = None) -> Kernels | str:
 
 
 def agrees(kernels: Kernels, ggml: Ggml, encoding: Encoding) -> bool:
-    """Whether both make the same bytes of ``checked_values``."""
-    values = checked_values(_CHECKED_ROWS.get(encoding.name, _CHECKED_ROWS_ELSE))
+    """Whether both make the same bytes of ``values_to_check``."""
+    values = values_to_check(encoding)
     return bool(
         np.array_equal(kernels.quantize(encoding, values).raw, ggml.quantize(encoding, values))
     )
 
 
-def checked_values(rows: int) -> Floats:
-    """Rows of 256 like weights, of many magnitudes, the same everywhere; some of them special."""
-    stream = hashlib.shake_256(b"pi-convert kernels").digest(2 * rows * _ROW)
-    uniform: Floats = np.frombuffer(stream, "<i2").astype(np.float32).reshape(rows, _ROW)
-    uniform /= np.float32(2**15)
-    values: Floats = uniform * uniform * uniform
-    values *= np.float32(0.1)
-    values[::7] = np.float32(0.02) * uniform[::7]  # flat instead of peaked
-    values[1::61] *= np.float32(1e-4)
-    values[2::67, :64] = 0
-    values[3::71] = np.abs(values[3::71])
-    values[5::73, 17] = 3.0  # an outlier
-    return values
+def values_to_check(encoding: Encoding) -> Floats:
+    """As many of ``checked_values`` as ``encoding`` needs."""
+    return checked_values(_CHECKED_ROWS.get(encoding.name, _CHECKED_ROWS_ELSE))
 
 
 class Agreement:
@@ -140,26 +132,25 @@ class Agreement:
     def __init__(self, kernels: Kernels, ggml: Ggml, cache: Path | None) -> None:
         self._kernels, self._ggml, self._cache = kernels, ggml, cache
         self._known = self._read()
+        self._warned: set[Encoding] = set()
         self._lock = threading.Lock()  # of trying a type out
 
     def __call__(self, encoding: Encoding) -> bool:
-        """Whether ``encoding`` agrees; the first time it is tried out."""
+        """Whether ``encoding`` agrees; tried out the first time. One warning where it does not."""
         if encoding not in self._kernels.encodings:
             return False
         with self._lock:
             if encoding.name not in self._known:
-                self._try_out(encoding)
+                self._known[encoding.name] = agrees(self._kernels, self._ggml, encoding)
+                self._write()
+            if not self._known[encoding.name] and encoding not in self._warned:
+                self._warned.add(encoding)
+                _log.warning(
+                    "%s: the %s kernels do not agree with this build of ggml and are not used",
+                    encoding.name,
+                    self._kernels.instruction_set,
+                )
             return self._known[encoding.name]
-
-    def _try_out(self, encoding: Encoding) -> None:
-        self._known[encoding.name] = agrees(self._kernels, self._ggml, encoding)
-        self._write()
-        if not self._known[encoding.name]:
-            _log.warning(
-                "%s: the %s kernels do not agree with this build of ggml, which is used instead",
-                encoding.name,
-                self._kernels.instruction_set,
-            )
 
     def _read(self) -> dict[str, bool]:
         if self._cache is None:
@@ -186,11 +177,13 @@ class Agreement:
 
 
 def cache_file(kernels: Kernels, ggml: Ggml) -> Path:
-    """Where agreement is kept: named by both libraries' bytes and by the processor's features."""
+    """Where agreement is kept: named by both libraries, the processor and what is checked."""
     digest = hashlib.sha256()
     for path in (kernels.path, Path(str(ggml.libraries.ggml._name))):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(_processor().encode())
+    digest.update(f"{_CHECKED_ROWS} {_CHECKED_ROWS_ELSE}".encode())
+    digest.update(checked_values(_EVERY_KIND).data)
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "pi-convert" / f"kernels-{digest.hexdigest()[:32]}.json"
 

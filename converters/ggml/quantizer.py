@@ -16,6 +16,10 @@ Choice = Literal["auto", "native", "ggml"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 VARIABLE = "PI_CONVERT_QUANTIZER"
 _HINT = "Leave --quantizer out, or reinstall pi-convert with a C++ compiler present."
+_HINT_DISAGREES = (
+    "Leave --quantizer out and ggml makes them, slower. One of the two was compiled to round"
+    " otherwise, such as with FMA."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Quantizer:
             raise EnvironmentNotReadyError(
                 f"the {self.kernels.instruction_set} kernels do not agree with this build of ggml"
                 f" for {encoding.name}",
-                hint=_HINT,
+                hint=_HINT_DISAGREES,
             )
         return None
 

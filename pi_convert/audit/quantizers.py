@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from converters.encodings import ENCODINGS, Encoding
 from converters.ggml import Floats, Quantizer, load_quantizer
-from converters.ggml.kernels import KERNEL_TYPES, checked_values
+from converters.ggml.checked_values import like_weights
+from converters.ggml.kernels import KERNEL_TYPES
 
 _ROWS = 256  # of 256: a tenth of a second for the slowest type
 
@@ -30,7 +31,7 @@ def survey_quantizers() -> tuple[QuantizerUse, ...]:
 
 
 def _uses(quantizer: Quantizer) -> Iterator[QuantizerUse]:
-    values = checked_values(_ROWS)
+    values = like_weights(_ROWS)
     for name in KERNEL_TYPES:
         encoding = ENCODINGS[name]
         ggml_rate = _rate(quantizer.ggml.quantize, encoding, values)
