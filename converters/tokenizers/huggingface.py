@@ -307,7 +307,8 @@ def _pairs(merges: list[object], vocab: Mapping[str, int], where: str) -> list[t
         if (
             not isinstance(parts, list)
             or len(parts) != 2
-            or not all(isinstance(part, str) for part in parts)
+            or not isinstance(parts[0], str)
+            or not isinstance(parts[1], str)
         ):
             raise TokenizerError(
                 f"{where}: merge {shown(merge)} does not have two parts", hint=_MERGE_HINT

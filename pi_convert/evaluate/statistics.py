@@ -51,15 +51,20 @@ def kl_divergence(p: Logits, q: Logits) -> Vector:
 
 
 def negative_log_likelihood(logits: Logits, following: npt.NDArray[np.int32]) -> Vector:
-    """-log p(following) at every position, float64; nan where ``following`` is -1."""
+    """-log p(following) at every position, float64; nan where ``following`` is -1.
+
+    Exponentials in float32, their sum in float64, as llama-perplexity has it: some 1e-7 nats, at a
+    quarter of float64's time.
+    """
     out = np.full(len(logits), np.nan, dtype=np.float64)
     for start in range(0, len(logits), _ROWS):
         rows = slice(start, start + _ROWS)
-        ids = following[rows]
-        wide = logits[rows].astype(np.float64)
-        wide -= wide.max(axis=1, keepdims=True)
-        chosen = wide[np.arange(len(ids)), np.maximum(ids, 0)]
-        out[rows] = np.where(ids >= 0, np.log(np.exp(wide, out=wide).sum(axis=1)) - chosen, np.nan)
+        ids, values = following[rows], logits[rows]
+        largest = values.max(axis=1, keepdims=True)
+        total = np.exp(values - largest).sum(axis=1, dtype=np.float64)
+        chosen = values[np.arange(len(ids)), np.maximum(ids, 0)].astype(np.float64)
+        found = np.log(total) + largest[:, 0] - chosen
+        out[rows] = np.where(ids >= 0, found, np.nan)
     return out
 
 
