@@ -23,7 +23,7 @@ from converters.errors import ConvertError, OutputError, os_hint
 _log = logging.getLogger(__name__)
 _SUFFIX = ".pi-convert-partial"
 _HASH_CHUNK_BYTES = 8 << 20
-_HASHED_AT_ONCE = 4  # files
+_AT_ONCE = 4  # files
 _OTHER_OUT = "Give another --out."
 
 
@@ -36,16 +36,26 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def synced(paths: Sequence[Path]) -> Iterator[None]:
+    """Files go to the disk while the block runs, and are there when it ends."""
+    with ThreadPoolExecutor(max(1, min(len(paths), _AT_ONCE))) as pool:
+        jobs = [pool.submit(_sync, path) for path in paths]
+        yield
+        for job in jobs:
+            job.result()
+
+
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file in hex."""
+    with ThreadPoolExecutor(max(1, min(len(paths), _AT_ONCE))) as pool:
+        return list(pool.map(sha256_file, paths))
+
+
 def sync_and_hash(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of each file in hex, taken while the disk is busy with it."""
-    if not paths:
-        return []
-    with ThreadPoolExecutor(2 * min(len(paths), _HASHED_AT_ONCE)) as pool:
-        synced = [pool.submit(_sync, path) for path in paths]
-        hashes = [pool.submit(sha256_file, path) for path in paths]
-        for future in synced:
-            future.result()
-        return [future.result() for future in hashes]
+    with synced(paths):
+        return hash_files(paths)
 
 
 @contextlib.contextmanager

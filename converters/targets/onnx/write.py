@@ -10,7 +10,7 @@ from typing import Unpack
 
 from converters.checkpoint import Checkpoint
 from converters.errors import OutputError
-from converters.files import Output, sized_file, sync_and_hash
+from converters.files import Output, hash_files, sized_file, sync_and_hash, synced
 from converters.ggml import load_ggml
 from converters.targets.huggingface import belongs_to_checkpoint
 from converters.targets.onnx.clients import GRAPHS, client_files
@@ -111,26 +111,26 @@ class _OnnxWriting:
 
     def finish(self, source_hash: str) -> OnnxArtifact:
         target = self.target
-        hashes = self._hashes(
-            {self.folder / GRAPHS / plan.precision.data_name for plan in target.plans}
-        )
-        for plan in target.plans:
-            data_hash = hashes[f"{GRAPHS}/{plan.precision.data_name}"]
-            self._write_graph(plan, source_hash, data_hash)
-        for name, content in client_files(target.checkpoint, target.plans).items():
-            (self.folder / name).write_bytes(content)
-        files = {path for path in self.folder.rglob("*") if path.is_file()}
-        hashes |= self._hashes({f for f in files if str(f.relative_to(self.folder)) not in hashes})
+        data = [self.folder / GRAPHS / plan.precision.data_name for plan in target.plans]
+        with synced(data):  # which takes the disk as long as all else here
+            hashes = self._named(data, hash_files(data))
+            for plan in target.plans:
+                data_hash = hashes[f"{GRAPHS}/{plan.precision.data_name}"]
+                self._write_graph(plan, source_hash, data_hash)
+            for name, content in client_files(target.checkpoint, target.plans).items():
+                (self.folder / name).write_bytes(content)
+            files = [path for path in self.folder.rglob("*") if path.is_file()]
+            others = sorted(set(files) - set(data))
+            hashes |= self._named(others, sync_and_hash(others))
         size_bytes = sum(path.stat().st_size for path in files)
         return OnnxArtifact(
             target.out, dict(sorted(hashes.items())), size_bytes, tuple(target.plans)
         )
 
-    def _hashes(self, files: set[Path]) -> dict[str, str]:
-        """Path inside the folder to SHA-256."""
-        paths = sorted(files)
+    def _named(self, paths: Sequence[Path], hashes: Sequence[str]) -> dict[str, str]:
+        """Hashes by the files' paths inside the folder."""
         names = [str(path.relative_to(self.folder)) for path in paths]
-        return dict(zip(names, sync_and_hash(paths), strict=True))
+        return dict(zip(names, hashes, strict=True))
 
     def _write_graph(self, plan: OnnxPlan, source_hash: str, data_hash: str) -> None:
         import onnx_ir as ir
