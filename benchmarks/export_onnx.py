@@ -117,8 +117,7 @@ def as_text(rows: list[Row], versions: dict[str, str]) -> str:
     lines += ["", "| work | parameters | wall | peak |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {r['work']} | {r['parameters_m']} M | {r['ours_wall_s']} s | {r['ours_peak_mib']} MiB |"
-        for r in rows
-        if "parameters_m" in r
+        for r in {r["work"]: r for r in rows if "parameters_m" in r}.values()
     ]
     return "\n".join(lines) + "\n"
 

@@ -135,8 +135,8 @@ def as_text(rows: list[dict[str, object]], versions: dict[str, str], scale: floa
         "# One model, three runtimes",
         "",
         f"`python benchmarks/precisions.py --scale {scale:g}`: SmolLM2-135M-Instruct (Q4_1), factor"
-        f" {scale:g}. Mean KL in nats from torch in float32 on the source's own weights, and how"
-        f" often both rank the same token first; {names[0]}: {where[0]};"
+        f" {scale:g}. Mean KL(file || torch) in nats, torch in float32 on the source's own weights,"
+        f" and how often both rank the same token first; {names[0]}: {where[0]};"
         f" {names[1]}: {where[1]}. GGUF runs with llama.cpp's own float16 cache.",
         "",
         "| file | MiB | " + " | ".join(f"KL {name} | same first" for name in names) + " |",
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=8.0)
     scale = parser.parse_args().scale
     source = default_model().interpolate(scale)
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         rows = measure(source, export(Path(folder), scale))
     versions = {**environment(), "onnxruntime": onnxruntime.__version__}
     document = {"versions": versions, "scale": scale, "rows": rows}

@@ -91,7 +91,9 @@ def as_text(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     lines = ["# Running ONNX files on the CPU, against onnxruntime-genai's builder's", "",
              "`python benchmarks/run_onnx.py`", ""]  # fmt: skip
     lines += [f"- {key}: {value}" for key, value in versions.items()]
-    lines += ["", "Seconds a prefill or a decoded token; in brackets the ratio to theirs.", "",
+    lines += ["", "Median seconds a prefill or a decoded token; in brackets the median ratio of"
+              " rounds to theirs right before, which the machine's slow and fast minutes do not"
+              " move.", "",
               "| precision | work | theirs | ours, same bits | ours, head of 8 bits (the default)"
               " | ours, Q4_1 carried over, head of 8 bits |",
               "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip

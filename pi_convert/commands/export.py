@@ -78,7 +78,8 @@ STORAGES = ("float", "int8", "int4")
     "--for",
     "device",
     type=click.Choice(("cpu", "cuda", "web")),
-    help="Where the ONNX files will run; what has no kernel there is refused. Default: cpu.",
+    help="Where the ONNX files will run; what has no kernel there is refused. Default: as cpu,"
+    " with a notice where onnxruntime is missing.",
 )
 @click.option(
     "--block-size",

@@ -88,6 +88,8 @@ def require_gguf_file(path: Path, command: str) -> None:
     if ggufs:
         found = f"a folder with {len(ggufs)} GGUF files in it" if ggufs[1:] else "a folder"
         hint = f"Give the file itself: pi-convert {command} {shlex.quote(str(ggufs[0]))}"
+    elif any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):  # only fix asks this of one
+        found, hint = "an ONNX folder", "Export it again from its source; fix repairs GGUF files."
     elif (path / "config.json").is_file():
         found = "a Hugging Face folder"
         words = f"pi-convert export {shlex.quote(str(path))} --to gguf --scale S"

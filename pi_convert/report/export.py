@@ -111,6 +111,7 @@ def written_text(report: ExportReport) -> str:
         rows += [["sha256", f"{digest}  {name}"] for name, digest in folder.files.items()]
     for onnx_folder in report.onnx:
         rows += _onnx_rows(onnx_folder)
+        rows.append(["load it in", "onnxruntime-genai, optimum, transformers.js: docs/clients.md"])
     parts = [_rows([*rows, ["time", f"{report.seconds:.1f} s"]])]
     context = report.checkpoint.rope.context
     for gguf in report.ggufs[:1]:
