@@ -43,7 +43,7 @@ def test_nll_is_torchs_cross_entropy_and_nan_without_a_token() -> None:
         torch.from_numpy(following[:-1].astype(np.int64)),
         reduction="none",
     )
-    assert np.allclose(found[:-1], expected.numpy(), rtol=1e-12)
+    assert np.abs(found[:-1] - expected.numpy()).max() <= 1e-6  # nats; exponentials are float32
     assert np.isnan(found[-1])
 
 

@@ -92,7 +92,8 @@ def test_other_weights_under_the_recorded_name_are_a_note(export: Exporter, tmp_
     folder = write_tiny(tmp_path / "tiny-llama", shape=TINY, dtype="bf16")
     (note,) = source_notes(right.path, open_checkpoint(str(folder)))
     recorded = str(opened(right.path, right.source).file.keys[SOURCE_HASH_KEY])
-    assert note.startswith("the file records the source 'tiny-llama', --against is 'tiny-llama'")
+    assert note.startswith("the file records other weights of tiny-llama: ")
+    assert note.endswith("another --revision has them")
     assert f"SHA-256 {recorded[:12]}… there and " in note
 
 
