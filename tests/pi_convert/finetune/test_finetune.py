@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
 from converters.rope import RopeParameters
@@ -180,14 +181,60 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert weights(out) == weights(whole)
 
 
-def test_two_processes_give_the_losses_of_one(model: Path, text: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    for path in model.iterdir():  # dropout draws anew in each process
+@pytest.fixture
+def plain(model: Path, tmp_path: Path) -> Path:
+    """``model`` without dropout, which draws anew in each process and pass."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for path in model.iterdir():
         content = path.read_bytes()
         if path.name == "config.json":
             content = json.dumps({**json.loads(content), "attention_dropout": 0.0}).encode()
-        (plain / path.name).write_bytes(content)
+        (folder / path.name).write_bytes(content)
+    return folder
+
+
+def test_windows_at_once_and_kept_activations_change_no_loss(
+    plain: Path, text: Path, tmp_path: Path
+) -> None:
+    finetuned(plain, text, tmp_path / "one", "--learning-rate", "1e-2")
+    passes = "--micro-batch", "2", "--no-gradient-checkpointing"
+    finetuned(plain, text, tmp_path / "two", "--learning-rate", "1e-2", *passes)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert one[-1]["loss"] != pytest.approx(one[0]["loss"], rel=10 * PROCESSES_AGREE)
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=PROCESSES_AGREE)
+
+
+def test_activations_are_recomputed_unless_asked_otherwise(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = []
+    original = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, *arguments: Any) -> Any:
+        layers.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    finetuned(
+        model, text, tmp_path / "kept", "--no-gradient-checkpointing", "--eval-every", "0", steps=1
+    )
+    assert len(layers) == 2 * 2  # layers x windows
+    finetuned(model, text, tmp_path / "recomputed", "--eval-every", "0", steps=1)
+    assert len(layers) == 2 * 2 + 2 * 2 * 2
+
+
+def test_a_batch_that_passes_cannot_share_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConvertError, match=r"2 windows .* a process with 3 at once") as refused:
+        finetuned(model, text, tmp_path / "out", "--micro-batch", "3")
+    assert refused.value.hint == "Give --batch as a multiple of 3."
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_give_the_losses_of_one(plain: Path, text: Path, tmp_path: Path) -> None:
     finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
