@@ -19,7 +19,7 @@ import numpy.typing as npt
 from converters.errors import SourceError
 from converters.progress import Progress, silent
 from pi_convert.evaluate.statistics import Mean, Vector, clustered_mean, compare_positions
-from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep
+from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep, scored_chunk
 from pi_convert.runtimes.base import Runtime
 
 _FIRST_SPAN = 64  # positions; each span after it is twice as long as the one before
@@ -92,6 +92,7 @@ def compare(
         )
     started, found = time.monotonic(), _Found()
     longest = max(window.fed for window in windows)
+    at_once = scored_chunk(a.vocabulary, 2)
     total, before = sum(window.fed for window in windows), 0
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(r.open_session(longest)) for r in (a, b)]
@@ -99,7 +100,7 @@ def compare(
             for session in sessions:
                 session.keep(0)
             done = 0
-            for chunk in in_lockstep(window, sessions, "comparing"):
+            for chunk in in_lockstep(window, sessions, "comparing", chunk_tokens=at_once):
                 found.add(window.position + done, chunk.following, chunk.document, chunk.logits)
                 done += len(chunk.following)
                 progress("comparing, two runs in lockstep", before + done, total)

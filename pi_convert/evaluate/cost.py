@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pi_convert.evaluate.models import Model, Sizes, Workbench
-from pi_convert.evaluate.windows import Window, scored_chunk_alone
+from pi_convert.evaluate.windows import Window, scored_chunk
 from pi_convert.evaluate.wording import duration
 from pi_convert.runtimes.base import CHUNK_TOKENS, Runtime
+
+_WARM_UP_TOKENS = 32
+_TIMED_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +40,30 @@ class Speed:
 
 
 def measure_speed(model: Model, runtime: Runtime) -> Speed:
-    """Feeds three chunks: the first warms up, the second is timed, the third with logits."""
-    count = min(CHUNK_TOKENS, model.held_context or CHUNK_TOKENS)
-    scored = min(count, scored_chunk_alone(runtime.vocabulary))
-    tokens = np.arange(count, dtype=np.int32) % runtime.vocabulary
-    seconds = []
-    with runtime.open_session(count) as session:
-        for part, logits in ((tokens, False), (tokens, False), (tokens[:scored], True)):
+    """Feeds a few tokens to warm up, then what takes ``_TIMED_SECONDS``, then some scored ones.
+
+    A chunk at most each time, so that a slow model's estimate does not take minutes itself.
+    """
+    most = min(CHUNK_TOKENS, model.held_context or CHUNK_TOKENS)
+    with runtime.open_session(most) as session:
+
+        def feed(count: int, *, logits: bool) -> float:
             session.keep(0)
+            tokens = np.arange(count, dtype=np.int32) % runtime.vocabulary
             started = time.perf_counter()
-            session.feed(part, position=0, logits=logits)
-            seconds.append((time.perf_counter() - started) / len(part))
-    plain = seconds[1]
-    return Speed(plain, max(0.0, seconds[2] - plain), plain * _attention_share(model.sizes))
+            session.feed(tokens, position=0, logits=logits)
+            return (time.perf_counter() - started) / count
+
+        def affordable(token_seconds: float, least: int, limit: int) -> int:
+            count = max(least, int(_TIMED_SECONDS / max(token_seconds, 1e-9)))
+            return min(count, limit, most)
+
+        feed(min(_WARM_UP_TOKENS, most), logits=False)  # the weights come from the disk
+        rough = feed(min(_WARM_UP_TOKENS, most), logits=False)
+        plain = feed(affordable(rough, 2 * _WARM_UP_TOKENS, CHUNK_TOKENS), logits=False)
+        limit = scored_chunk(runtime.vocabulary)
+        scored = feed(affordable(plain, _WARM_UP_TOKENS, limit), logits=True)
+    return Speed(plain, max(0.0, scored - plain), plain * _attention_share(model.sizes))
 
 
 def cost_text(bench: Workbench, models: Sequence[Model], windows: Sequence[Window]) -> str:

@@ -23,7 +23,7 @@ from pi_convert.evaluate.statistics import (
     clustered_mean,
     negative_log_likelihood,
 )
-from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep, scored_chunk_alone
+from pi_convert.evaluate.windows import TokenStream, Window, in_lockstep, scored_chunk
 from pi_convert.runtimes.base import Runtime
 
 
@@ -174,7 +174,7 @@ def score_windows(
     nll: list[Vector] = []
     documents = []
     total, done = sum(window.fed for window in windows), 0
-    chunk_tokens = scored_chunk_alone(runtime.vocabulary)
+    chunk_tokens = scored_chunk(runtime.vocabulary)
     with runtime.open_session(max(window.fed for window in windows)) as session:
         for window in windows:
             session.keep(0)
@@ -183,11 +183,12 @@ def score_windows(
             def tell(_: str, fed: int, __: int, before: int = before) -> None:
                 progress(stage, before + fed, total)
 
-            for chunk in in_lockstep(window, [session], stage, tell, scored_chunk=chunk_tokens):
+            for chunk in in_lockstep(window, [session], stage, tell, chunk_tokens=chunk_tokens):
                 known = chunk.following >= 0
                 values = negative_log_likelihood(chunk.logits[0], chunk.following)
                 nll.append(values[known])
                 documents.append(chunk.document[known])
+                del chunk  # or the next one's logits need memory of their own
             done += window.fed
     return np.concatenate(nll), np.concatenate(documents)
 

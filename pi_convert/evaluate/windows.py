@@ -15,8 +15,8 @@ from pi_convert.runtimes.base import CHUNK_TOKENS, Logits, Session, Tokens
 # Where logits are wanted: 128 x 151,936 x 4 B is 74 MiB for each of up to nine runs in lockstep.
 SCORED_CHUNK_TOKENS = 128
 
-# With a single run: so many bytes of logits at once.
-_SINGLE_RUN_BYTES = 128 << 20
+# With one run or two: so many bytes of logits at once. Long chunks are faster.
+_LOGITS_BYTES = 128 << 20
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -97,9 +97,9 @@ def encode_documents(
     return TokenStream(np.concatenate(tokens), np.concatenate(numbers))
 
 
-def scored_chunk_alone(vocabulary: int) -> int:
-    """How many positions to score at once where one session runs alone, at most a chunk."""
-    return max(1, min(CHUNK_TOKENS, _SINGLE_RUN_BYTES // (4 * vocabulary)))
+def scored_chunk(vocabulary: int, sessions: int = 1) -> int:
+    """How many positions to score at once where so few ``sessions`` run, at most a chunk."""
+    return max(1, min(CHUNK_TOKENS, _LOGITS_BYTES // (4 * vocabulary * sessions)))
 
 
 def in_lockstep(
@@ -108,27 +108,42 @@ def in_lockstep(
     stage: str,
     progress: Progress = silent,
     *,
-    scored_chunk: int = SCORED_CHUNK_TOKENS,
+    chunk_tokens: int = SCORED_CHUNK_TOKENS,
 ) -> Iterator[Chunk]:
     """Feeds ``window`` to every session chunk by chunk and yields the scored positions.
 
     A chunk never straddles ``scored_from``, so logits are asked for only where they are scored,
-    ``scored_chunk`` positions at a time.
+    ``chunk_tokens`` positions at a time.
     """
-    stream, start = window.stream, 0
-    lead = window.scored_from - window.position
+    start, lead = 0, window.scored_from - window.position
     while start < window.fed:
         wanted = start >= lead
-        stop = min(start + scored_chunk, window.fed) if wanted else min(start + CHUNK_TOKENS, lead)
-        tokens = np.ascontiguousarray(stream.tokens[start:stop])
-        logits = []
-        for session in sessions:
-            out = session.feed(tokens, position=window.position + start, logits=wanted)
-            if out is not None:
-                logits.append(out)
-        progress(stage, stop, window.fed)
+        stop = min(start + chunk_tokens, window.fed) if wanted else min(start + CHUNK_TOKENS, lead)
         if wanted:
-            following = np.append(stream.tokens[start + 1 : stop + 1], [-1])[: stop - start]
-            document = np.append(stream.document[start + 1 : stop + 1], [-1])[: stop - start]
-            yield Chunk(tuple(logits), following.astype(np.int32), document.astype(np.int32))
+            # No name here holds the chunk: a runtime may use its memory again once it is let go.
+            yield _scored(window, sessions, start, stop)
+        else:
+            _feed(window, sessions, slice(start, stop), logits=False)
+        progress(stage, stop, window.fed)
         start = stop
+
+
+def _scored(window: Window, sessions: Sequence[Session], start: int, stop: int) -> Chunk:
+    stream = window.stream
+    following = np.append(stream.tokens[start + 1 : stop + 1], [-1])[: stop - start]
+    document = np.append(stream.document[start + 1 : stop + 1], [-1])[: stop - start]
+    return Chunk(
+        _feed(window, sessions, slice(start, stop), logits=True),
+        following.astype(np.int32),
+        document.astype(np.int32),
+    )
+
+
+def _feed(
+    window: Window, sessions: Sequence[Session], span: slice, *, logits: bool
+) -> tuple[Logits, ...]:
+    """Every session's logits; none where they are not asked for."""
+    tokens = np.ascontiguousarray(window.stream.tokens[span])
+    position = window.position + span.start
+    given = (session.feed(tokens, position=position, logits=logits) for session in sessions)
+    return tuple(out for out in given if out is not None)

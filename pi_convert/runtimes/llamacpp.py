@@ -159,6 +159,7 @@ class LlamaCppSession(Closing):
             )
         self._batch = api.llama_batch_init(params.n_batch, 0, 1)
         self._first: int | None = None  # position
+        self._logits = np.empty((0, owner.vocabulary), np.float32)
 
     def feed(self, tokens: Tokens, *, position: int, logits: bool) -> Logits | None:
         """See ``Session.feed``. Raises ``SourceError`` where llama.cpp refuses the tokens."""
@@ -182,8 +183,15 @@ class LlamaCppSession(Closing):
             )
         if not logits:
             return None
-        out = api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(out, (count, self._owner.vocabulary)).copy()
+        given = np.ctypeslib.as_array(
+            api.llama_get_logits(self._context), (count, self._owner.vocabulary)
+        )
+        # A fresh array's pages cost more than the copy: the last one is used again where nobody
+        # else has it or a view of it (one count is the attribute's, one the argument's).
+        if len(self._logits) < count or sys.getrefcount(self._logits) > 2:
+            self._logits = np.empty_like(given)
+        np.copyto(self._logits[:count], given)
+        return self._logits[:count]
 
     def keep(self, count: int) -> int:
         """See ``Session.keep``."""

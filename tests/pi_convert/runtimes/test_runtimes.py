@@ -106,6 +106,29 @@ def test_llama_cpp_agrees_with_torch_past_l_and_far_out(model: Any) -> None:
             assert kl_divergence(found, wrong).mean() > 1
 
 
+def test_logits_stay_as_they_were_for_as_long_as_somebody_has_them(model: Any) -> None:
+    checkpoint, _, path = model
+    parts = [TOKENS[start : start + 100] for start in (0, 100, 200)]
+    with LlamaCppModel(path, checkpoint.architecture.gguf_name, ONE) as artifact:
+        with artifact.open_session(300) as session:
+            first = session.feed(parts[0], position=0, logits=True)
+            row, copy = first[3], first.copy()
+            del first
+            second = session.feed(parts[1], position=100, logits=True)
+            assert np.array_equal(row, copy[3])
+            place = second.ctypes.data
+            del second
+            third = session.feed(parts[2], position=200, logits=True)
+            assert third.ctypes.data == place  # nobody had the second
+        assert np.array_equal(row, copy[3])
+        with artifact.open_session(300) as session:
+            again = np.concatenate(
+                [session.feed(p, position=i * 100, logits=True).copy() for i, p in enumerate(parts)]
+            )
+    assert np.array_equal(again[:100], copy)
+    assert np.array_equal(again[200:], third)
+
+
 def test_imposing_the_stored_rope_changes_no_bit_and_another_one_does(model: Any) -> None:
     checkpoint, _, path = model
     name = checkpoint.architecture.gguf_name
