@@ -220,9 +220,17 @@ def _as_the_paper(
             runtime = bench.runtime(model)
             require_vocabulary(model, runtime, runs)
             found.append((model, measure_perplexity(runtime, plan, tell, f"{model.name}: ")))
+            report = PerplexityReport(plan, tuple(found), asked.environment(models))
             if not asked.as_json:
-                emit(model_text(*found[-1]))
-    return PerplexityReport(plan, found, asked.environment(models))
+                emit("\n".join([model_text(*found[-1]), *_indented(report)]))
+    return report
+
+
+def _indented(report: PerplexityReport) -> list[str]:
+    """The last model against the first."""
+    from pi_convert.report.perplexity import against_lines
+
+    return [f"  {line}" for line in against_lines(report, len(report.models) - 1)]
 
 
 def _as_llamacpp(

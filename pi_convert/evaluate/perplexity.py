@@ -148,6 +148,17 @@ class Measured:
     seconds: float
 
 
+def against(first: Measured, other: Measured) -> dict[int, Mean]:
+    """By context: the change of NLL from ``first`` to ``other``, paired token by token.
+
+    Both were measured on one plan.
+    """
+    return {
+        context: clustered_mean(other.nll[context] - values, first.document)
+        for context, values in first.nll.items()
+    }
+
+
 def measure_perplexity(
     runtime: Runtime, plan: Plan, progress: Progress = silent, name: str = ""
 ) -> Measured:

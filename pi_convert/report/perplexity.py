@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from math import exp, expm1
 
 from pi_convert.evaluate.models import Model
-from pi_convert.evaluate.perplexity import AtContext, Growth, LlamaCppPerplexity, Measured, Plan
+from pi_convert.evaluate.perplexity import (
+    AtContext,
+    Growth,
+    LlamaCppPerplexity,
+    Measured,
+    Plan,
+    against,
+)
 from pi_convert.evaluate.statistics import Mean
 from pi_convert.evaluate.wording import duration
 from pi_convert.report.console import table, tokens
@@ -73,6 +80,25 @@ def model_text(model: Model, measured: Measured) -> str:
     return "\n".join(lines)
 
 
+def against_lines(report: PerplexityReport, index: int) -> list[str]:
+    """How model ``index`` compares with the first at every context; none for the first itself."""
+    (first, base), (_, measured) = report.models[0], report.models[index]
+    if index == 0:
+        return []
+    return [
+        f"against {first.name} at {tokens(context)} tokens: {percent_text(change)}"
+        for context, change in against(base, measured).items()
+    ]
+
+
+def percent_text(change: Mean) -> str:
+    """A paired change of NLL as one of perplexity, with its interval."""
+    size, ends = f"{expm1(change.value):+.1%}", change.interval
+    if ends is None:
+        return f"{size} (one document, so no interval)"
+    return f"{size} (95 %, paired: {expm1(ends[0]):+.1%} to {expm1(ends[1]):+.1%})"
+
+
 def _contexts(model: Model) -> str:
     if model.original_context is None or model.context is None:
         return "L not stated"
@@ -123,8 +149,23 @@ def _perplexity_json(report: PerplexityReport) -> dict[str, object]:
         "documents": plan.documents,
         "documents_too_short": plan.too_short,
         "joined": plan.joined,
-        "models": [_model_json(model, measured) for model, measured in report.models],
+        "models": [
+            _model_json(model, measured) | _against_json(report, measured)
+            for model, measured in report.models
+        ],
         "environment": dict(report.environment),
+    }
+
+
+def _against_json(report: PerplexityReport, measured: Measured) -> dict[str, object]:
+    """``against_first``: paired changes by context; empty for the first model."""
+    _, first = report.models[0]
+    changes = {} if measured is first else against(first, measured)
+    return {
+        "against_first": [
+            {"context": context, "ratio": exp(change.value), "nll_change": mean_json(change)}
+            for context, change in changes.items()
+        ]
     }
 
 

@@ -19,6 +19,7 @@ from pi_convert.report.document import (
 from pi_convert.report.perplexity import (
     LlamaCppReport,
     PerplexityReport,
+    against_lines,
     growth_text,
     interval_text,
     llamacpp_text,
@@ -40,8 +41,11 @@ def perplexity_page(report: PerplexityReport) -> Report:
         sections=(
             Section("Perplexity against context", (_chart(report),)),
             *(
-                Section(model.name, (_table(model, measured), *_growth(measured)))
-                for model, measured in models
+                Section(
+                    model.name,
+                    (_table(model, measured), *_growth(measured), *_against(report, index)),
+                )
+                for index, (model, measured) in enumerate(models)
             ),
         ),
         checks=tuple(
@@ -126,3 +130,7 @@ def _table(model: Model, measured: Measured) -> Table:
 def _growth(measured: Measured) -> tuple[str, ...]:
     """Paired on the same tokens."""
     return tuple(f"{growth_text(growth).capitalize()}." for growth in measured.growth)
+
+
+def _against(report: PerplexityReport, index: int) -> tuple[str, ...]:
+    return tuple(f"{line[0].upper()}{line[1:]}." for line in against_lines(report, index))

@@ -179,9 +179,18 @@ def test_the_command_measures_them_on_equal_tokens(
         low, high = one["interval"]
         assert low < one["perplexity"] < high
     assert a["growth"][0]["sentence"].startswith("from 64 to 256 tokens ")
+    assert a["against_first"] == []
+    for one, other, change in zip(a["contexts"], b["contexts"], b["against_first"], strict=True):
+        # A mean of paired differences is the difference of means.
+        assert change["ratio"] == pytest.approx(other["perplexity"] / one["perplexity"], rel=1e-9)
+        low, high = change["nll_change"]["interval"]
+        assert high - low < (one["nll"]["interval"][1] - one["nll"]["interval"][0]) / 10
     assert printed.err.index("cost: about ") < printed.err.index("perplexity with 64 tokens")
-    assert cli.run(["perplexity", str(folder), "--scale", "4", *words]) == 0
+    assert cli.run(["perplexity", str(folder), str(scaled["gguf"]), "--scale", "4", *words]) == 0
     text = capfd.readouterr().out
+    (line,) = (line for line in text.splitlines() if "at 64 tokens:" in line)
+    assert line.startswith("  against ")
+    assert "(95 %, paired: " in line
     assert "the same at every context" in text
     assert "1 shorter than 256 tokens left out" in text
     assert "past L" in text
