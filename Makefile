@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SCALE ?= 8
 DEMO := $(CURDIR)/demo
 
-.PHONY: demo test test-clients check bench clean install install-dev
+.PHONY: demo test test-clients check bench paper real-model clean install install-dev
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -57,6 +57,14 @@ bench: install-dev
 	$(BIN)/python benchmarks/run_onnx.py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/train_step.py
+
+# The paper's claims on a small LLaMA, and one real model through the mission: hours; both go on
+# where they were stopped.
+paper: install-dev
+	$(BIN)/python benchmarks/paper.py
+
+real-model: install-dev
+	$(BIN)/python benchmarks/real_model.py
 
 clean:
 	rm -f converters/ggml/*.so

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import json
 import math
@@ -139,6 +140,7 @@ def best(command: Command, ubatches: tuple[int, ...]) -> Settings:
     return found
 
 
+@functools.cache
 def both_best(bench: Bench) -> tuple[Settings, Settings]:
     """Ours and theirs, on one window; ours feeds at most 512 tokens at once."""
     window = bench.sizes.window

@@ -1,0 +1,305 @@
+"""The claims of Position Interpolation (arXiv 2306.15595), on a small LLaMA and real text.
+
+usage: python benchmarks/paper.py [--quick]
+Pretrains a LLaMA of 3.7 M parameters on windows of 128 tokens, extends it by every way that the
+paper compares, measures each with `pi-convert perplexity` and `pi-convert passkey`, and writes
+benchmarks/results/paper.md, .json and two plots. Every training run is `pi-convert finetune`'s own.
+Stages are kept under .cache/paper; a stopped run goes on where it was. --quick trains a few steps
+of each and keeps nothing: it shows that the way is whole, not that the claims hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import paper_report
+from benchmarks.export_gguf import PI_CONVERT
+from benchmarks.measure import RESULTS, environment
+from benchmarks.paper_model import PASSKEY_SHARE, L, with_context, write_base, write_passkeys
+from benchmarks.speeches import split
+from converters.sources import open_checkpoint
+from pi_convert.finetune.recipe import Choices, choose_recipe
+from pi_convert.finetune.run import FinetuneRequest, finetune
+from pi_convert.finetune.train import Passes, Schedule, StepReport
+
+CACHE = Path(__file__).parent.parent / ".cache" / "paper"
+SPEECH_TOKENS = 3_050_000  # of the speeches to train on, by the tokenizer made here
+PASS_TOKENS = 512  # at once; more is no faster on two cores
+_TOLD_EVERY = 25  # steps
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a longer context: what it starts from, and how it is trained on."""
+
+    name: str
+    scale: float = 1  # of Position Interpolation
+    context: int = L  # window that it is trained on; L of a model that is not interpolated
+    kept: tuple[int, ...] = (0, 50, 200)  # steps whose weights are measured
+    rate: float = 2e-4
+
+    @property
+    def steps(self) -> int:
+        return self.kept[-1]
+
+
+LONG = (0, 50, 200, 400, 600, 800, 1000)
+ARMS = (
+    Arm("PI x2", scale=2, context=2 * L),
+    Arm("PI x4", scale=4, context=4 * L),
+    Arm("PI x8", scale=8, context=8 * L, kept=LONG),
+    Arm("direct", context=8 * L),
+    Arm("trained on", kept=LONG),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done; two plans never share a folder."""
+
+    pretraining_steps: int = 700
+    pretraining_tokens: int = 8192  # a step
+    pretraining_rate: float = 2e-3
+    step_tokens: int = 2048  # of every run after it
+    stride: int = 64
+    windows: int = 140  # 20 of each speech
+    trials: int = 10
+    arms: tuple[Arm, ...] = ARMS
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        return L, 2 * L, 4 * L, 8 * L
+
+
+QUICK = Plan(
+    pretraining_steps=3, windows=4, trials=1,
+    arms=tuple(replace(arm, kept=tuple(range(len(arm.kept)))) if len(arm.kept) > 1
+               else replace(arm, kept=(1,)) for arm in ARMS),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    folder: Path
+    plan: Plan
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "pretrained"
+
+    def model(self, arm: Arm, step: int) -> Path:
+        return self.folder / arm.name / f"step-{step}"
+
+    def texts(self, window: int) -> tuple[Path, ...]:
+        """Speeches, and passkeys of every length up to ``window``."""
+        passkeys = self.folder / f"passkeys-{window}.jsonl"
+        if not passkeys.is_file():
+            tokens = round(SPEECH_TOKENS * PASSKEY_SHARE / (1 - PASSKEY_SHARE))
+            partial = passkeys.with_suffix(".partial")
+            write_passkeys(self.folder / "random", window, tokens, partial)
+            partial.rename(passkeys)
+        return split(CACHE / "speeches").train, passkeys
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="A few steps of everything.")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            print(run(Bench(Path(folder), QUICK))["text"])
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    made = run(Bench(CACHE, Plan()))
+    RESULTS.mkdir(exist_ok=True)
+    for name, drawn in made["plots"].items():
+        (RESULTS / name).write_text(drawn)
+    (RESULTS / "paper.json").write_text(json.dumps(made["document"], indent=1) + "\n")
+    (RESULTS / "paper.md").write_text(made["text"])
+    print(made["text"])
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan
+    pretrain(bench)
+    for arm in plan.arms:
+        train(bench, arm)
+    document = {
+        "environment": environment(),
+        "tokens_a_step": {"pretraining": plan.pretraining_tokens, "after": plan.step_tokens},
+        "pretraining_steps": plan.pretraining_steps,
+        "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
+        "perplexity": perplexities(bench),
+        "passkey": passkeys(bench),
+    }
+    text, plots = paper_report.render(document)
+    return {"document": document, "text": text, "plots": plots}
+
+
+def pretrain(bench: Bench) -> None:
+    """The base, from random weights: the same trainer, no interpolation."""
+    plan, random = bench.plan, bench.folder / "random"
+    if not random.is_dir():
+        partial = random.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_base(split(CACHE / "speeches").train, partial)
+        partial.rename(random)
+    if not (bench.base / "config.json").is_file():
+        arm = Arm("pretraining", kept=(plan.pretraining_steps,), rate=plan.pretraining_rate)
+        trained(bench, arm, random, plan.pretraining_tokens, bench.base)
+
+
+def train(bench: Bench, arm: Arm) -> None:
+    """One arm, with the weights of every kept step put aside as a model of their own."""
+    if all((bench.model(arm, step) / "config.json").is_file() for step in arm.kept):
+        return
+    source = bench.base
+    if arm.scale == 1 and arm.context > L:
+        source = with_context(bench.base, arm.context, bench.folder / f"context-{arm.context}")
+    out = bench.folder / arm.name / "run"
+    out.parent.mkdir(exist_ok=True)
+    trained(bench, arm, source, bench.plan.step_tokens, out)
+    keep(out, bench.model(arm, arm.steps))
+    shutil.rmtree(out)
+
+
+def trained(bench: Bench, arm: Arm, source: Path, step_tokens: int, out: Path) -> None:
+    """The run in ``out``, gone on with where it was stopped."""
+    checkpoint = open_checkpoint(str(source))
+    recipe = choose_recipe(
+        "paper",
+        arm.scale,
+        checkpoint.interpolate(arm.scale).rope,
+        checkpoint.parameters,
+        Choices(
+            steps=arm.steps,
+            window=arm.context,
+            global_batch=step_tokens // arm.context,
+            learning_rate=arm.rate,
+            allow_short_window=True,
+        ),
+    )
+    request = FinetuneRequest(
+        source=checkpoint,
+        recipe=recipe,
+        texts=bench.texts(arm.context),
+        out=out,
+        schedule=Schedule(save_every=min(50, arm.steps), eval_every=0),
+        passes=Passes(windows=max(1, PASS_TOKENS // arm.context), recompute=False),
+        resume=(out / "run").is_dir(),
+    )
+    wanted = {step: bench.model(arm, step) for step in arm.kept if step < arm.steps}
+
+    def report(done: StepReport) -> None:
+        put_aside(out / "run", done.step, wanted)
+        if done.step % _TOLD_EVERY == 0 or done.step == done.steps:
+            left = f"{done.seconds_left / 60:.0f} min left"
+            say(f"{arm.name}: step {done.step} of {done.steps}, loss {done.loss:.3f}, {left}")
+
+    started = time.monotonic()
+    finetune(request, report)
+    say(f"{arm.name}: {time.monotonic() - started:.0f} s")
+
+
+def put_aside(run_folder: Path, step: int, wanted: dict[int, Path]) -> None:
+    """Before ``step``'s own checkpoint is written, those before it are whole."""
+    base = run_folder / "base"
+    for kept, model in wanted.items():
+        weights = base if kept == 0 else run_folder / "checkpoints" / f"checkpoint-{kept}"
+        if kept < step and weights.is_dir() and not model.is_dir():
+            keep(base, model, weights / "model.safetensors")
+
+
+def keep(folder: Path, model: Path, weights: Path | None = None) -> None:
+    """A copy of the model in ``folder``, with other weights of the same names if they are given."""
+    partial = model.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns("run"))
+    if weights is not None:
+        shutil.copy(weights, partial / "model.safetensors")
+    partial.rename(model)
+
+
+def perplexities(bench: Bench) -> list[Found]:
+    """Of every model at every window, the same tokens scored; also past what a model was made for.
+
+    The base is what directly fine-tuned models start from: their step 0.
+    """
+    plan = bench.plan
+    words = ["perplexity", "--contexts", ",".join(map(str, plan.contexts)), "--stride",
+             str(plan.stride), "--max-windows", str(plan.windows), "--extrapolate"]  # fmt: skip
+    words += [w for text in split(CACHE / "speeches").test for w in ("--text", str(text))]
+    return [
+        {"arm": arm, "step": step, **measured(bench, "perplexity", model, words)}
+        for arm, step, _, model in kept_models(bench)
+    ]
+
+
+def passkeys(bench: Bench) -> list[Found]:
+    """As the paper's table 4: of prompts as long as the window that a model was made for.
+
+    The base is asked at its own L, and past it as step 0 of direct fine-tuning.
+    """
+    asked = [("base", 0, L, bench.model(Arm("trained on"), 0))]
+    asked += [
+        (arm, step, 8 * L if arm == "trained on" else context, model)
+        for arm, step, context, model in kept_models(bench)
+        if step % 200 == 0 or bench.plan == QUICK
+    ]
+    found = []
+    for arm, step, context, model in asked:
+        words = ["passkey", "--max-context", str(context), "--trials", str(bench.plan.trials),
+                 "--extrapolate"]  # fmt: skip
+        made = measured(bench, f"passkey-{context}", model, words)
+        made = {key: value for key, value in made.items() if key != "answers"}
+        found.append({"arm": arm, "step": step, "window": context, **made})
+    return found
+
+
+def kept_models(bench: Bench) -> list[tuple[str, int, int, Path]]:
+    """(arm, step, window that it is trained on, folder)."""
+    return [
+        (arm.name, step, arm.context, bench.model(arm, step))
+        for arm in bench.plan.arms
+        for step in arm.kept
+    ]
+
+
+def measured(bench: Bench, what: str, model: Path, words: Sequence[str]) -> Found:
+    """The JSON of a command on one model, kept beside the model."""
+    file = model / f"{what}.json"
+    if not file.is_file():
+        name = model.relative_to(bench.folder)
+        say(f"{what} of {name}")
+        done = subprocess.run(
+            [PI_CONVERT, words[0], str(model), *words[1:], "--json"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        partial = file.with_suffix(".partial")
+        partial.write_text(done.stdout)
+        partial.rename(file)
+    document: dict[str, Any] = json.loads(file.read_text())
+    (only,) = document["models"]
+    return {"scored_tokens": document.get("scored_tokens"), **only}
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
