@@ -195,6 +195,8 @@ def _scale(stated: float | None, source: Checkpoint) -> float:
 def _check_usage(options: ExportOptions) -> None:
     if options.quantize and "gguf" not in options.targets:
         raise click.UsageError("--quantize is for --to gguf; a safetensors folder takes --dtype.")
+    if options.quantizer and "gguf" not in options.targets:
+        raise click.UsageError("--quantizer makes K-quants, which are for --to gguf.")
     if options.dtype and "safetensors" not in options.targets:
         raise click.UsageError(
             f"--dtype is for --to safetensors; for a GGUF file give --quantize {options.dtype}."

@@ -68,6 +68,7 @@ def test_a_scale_that_is_none_is_wrong_use(
         ["export", "--to", "floppy", "--scale", "8"],
         ["export", "--to", "safetensors", "--scale", "8", "--quantize", "q4_k_m"],
         ["export", "--to", "gguf", "--scale", "8", "--dtype", "f16"],
+        ["export", "--to", "onnx", "--scale", "8", "--quantizer", "ggml"],
         ["export", "--to", "gguf", "--scale", "8", "--verify", "quick", "--dry-run"],
         ["export", "--to", "gguf", "--scale", "8", "--allow-requantize"],
         ["export", "--to", "gguf", "--scale", "8", "--quantize", "q9_z"],

@@ -104,15 +104,18 @@ def _base_model(prefix: str, model: str) -> dict[str, object]:
 
 
 def _sampling(generation_config: bytes | None) -> dict[str, object]:
-    """The sampler's settings; a file that is not JSON is left out, as by llama.cpp's converter."""
+    """The sampler's settings. Raises ``SourceError`` for a file that is no JSON object."""
     if generation_config is None:
         return {}
     try:
         settings = json.loads(generation_config)
     except (ValueError, RecursionError):
-        return {}
+        settings = None
     if not isinstance(settings, dict):
-        return {}
+        raise SourceError(
+            f"{_GENERATION_CONFIG} is no JSON object",
+            hint="It holds the sampler's settings; correct the file or remove it.",
+        )
     return {
         f"general.sampling.{name}": _setting(settings[key], key, kind)
         for key, (name, kind) in _SAMPLING.items()

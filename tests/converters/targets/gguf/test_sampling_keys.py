@@ -39,5 +39,8 @@ def test_a_setting_beyond_its_type_is_refused(tmp_path: Path, setting: str) -> N
     assert error.value.hint
 
 
-def test_what_is_no_json_is_left_out(tmp_path: Path) -> None:
-    assert sampling(tmp_path, "[" * 200_000) == {}
+@pytest.mark.parametrize("text", ["[" * 200_000, "[1]", "{", "\xff"])
+def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SourceError, match="is no JSON object") as error:
+        sampling(tmp_path, text)
+    assert error.value.hint
