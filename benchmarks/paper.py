@@ -76,7 +76,7 @@ class Plan:
     pretraining_rate: float = 2e-3
     step_tokens: int = 2048  # of every run after it
     stride: int = 64
-    windows: int = 140  # 20 of each speech
+    windows: int = 70  # 10 of each speech
     trials: int = 10
     arms: tuple[Arm, ...] = ARMS
 

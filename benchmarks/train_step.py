@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.export_gguf import PI_CONVERT, PYTHON, Row
 from benchmarks.measure import RESULTS, environment, run, write_results
 
-PARTS = {"speed": (2048, 5), "memory": (8192, 3)}  # window in tokens, steps
+PARTS = {"speed": (2048, 4), "memory": (8192, 2)}  # window in tokens, steps
 QUICK = (256, 3)
 LOSSES_AGREE = 1e-3  # relative; float32 sums in another order, printed with four digits
 STEP = re.compile(r"^step (\d+)\b.*?: loss ([\d.]+)")
