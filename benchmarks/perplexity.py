@@ -199,15 +199,10 @@ def perplexity(bench: Bench) -> list[Row]:
 
 
 def kl(bench: Bench) -> list[Row]:
-    """Theirs twice: the source's logits to a file, then the artifact against it.
-
-    Ours scores every position of a window, theirs those of its second half; the values of that half
-    are held against each other.
-    """
+    """Theirs twice: the source's logits to a file, then the artifact against it."""
     sizes = bench.sizes
     texts = bench.texts(sizes.window, sizes.windows)
     own_settings, peer_settings = both_best(bench)
-    files = [w for i in range(sizes.windows) for w in ("--text", str(texts / f"{i}.txt"))]
     logits = bench.folder / "logits"
     keep = ("--kl-divergence-base", str(logits))
     passes = [
@@ -226,11 +221,13 @@ def kl(bench: Bench) -> list[Row]:
         for name, source in sources.items():
             before = used_bytes(bench.folder)
             a, printed = run_and_read(
-                [[PI_CONVERT, "compare", str(source), str(bench.artifact), "--json", *files,
-                  "--context", str(sizes.window), "--documents", "0", *own_settings.of_ours()]]
+                [[PI_CONVERT, "compare", str(source), str(bench.artifact), "--json", "--text",
+                  str(texts / "joined.txt"), "--protocol", "llama.cpp", "--context",
+                  str(sizes.window), "--max-windows", str(sizes.windows),
+                  *own_settings.of_ours()]]
             )  # fmt: skip
             assert used_bytes(bench.folder) == before
-            values[name] = second_half(printed, sizes.window)
+            values[name] = mean_kl(printed)
             agree(f"KL from the {name}", values[name], number(KLD, said), KL_AGREES)
             own[name].append(a)
     return [
@@ -247,11 +244,9 @@ def used_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def second_half(printed: str, window: int) -> float:
-    """The KL at the positions that llama-perplexity scores; both spans start at powers of two."""
+def mean_kl(printed: str) -> float:
     document, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
-    (span,) = (s for s in document["by_position"] if s["start"] == window // 2)
-    return float(span["kl"]["value"])
+    return float(document["kl"]["value"])
 
 
 def memory(bench: Bench) -> list[Row]:
@@ -309,8 +304,7 @@ def as_text(rows: list[Row], versions: dict[str, str]) -> str:
             lines.append(f"- {row['work']}: {row['perplexity']}, theirs {row['peer_perplexity']}.")
         if "kl" in row:
             lines.append(
-                f"- {row['work']}: {row['kl']:.6f} nats at the positions that theirs scores, which"
-                f" gives {row['peer_kl']:.6f}; ours scores the other half too. Disk:"
+                f"- {row['work']}: {row['kl']:.6f} nats, theirs {row['peer_kl']:.6f}. Disk:"
                 f" {row['ours_disk_mib']} MiB, theirs {row['peer_disk_mib']} MiB."
             )
         if "allowed_mib" in row:

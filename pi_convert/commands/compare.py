@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,21 @@ if TYPE_CHECKING:
 
     from pi_convert.evaluate.models import Model
     from pi_convert.evaluate.texts import Document
+    from pi_convert.evaluate.windows import TokenStream, Window
     from pi_convert.report.compare import CompareReport
 
+PROTOCOLS = ("documents", "llama.cpp")
 _DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which tokens are compared."""
+
+    context: int
+    documents: int  # 0: all
+    protocol: str
+    max_windows: int  # of protocol llama.cpp; 0: all
 
 
 @click.command()
@@ -51,6 +63,20 @@ _DEFAULT_CONTEXT = 1024
     metavar="N",
     help="Documents, spread evenly over the texts; 0: every one. Default: 8.",
 )
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default="documents",
+    help="llama.cpp: the positions that llama-perplexity --kl-divergence scores, second halves of"
+    " windows of --context tokens side by side. Default: documents.",
+)
+@click.option(
+    "--max-windows",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Windows of --protocol llama.cpp, the first N; 0 (default): every one.",
+)
 @text_option
 @click.option("--extrapolate", is_flag=True, help="Allow a context past L'.")
 @scale_option(required=False, help="Interpolate what torch runs, without fine-tuning.")
@@ -67,6 +93,8 @@ def command(
     b: str,
     context: int | None,
     documents: int,
+    protocol: str,
+    max_windows: int,
     texts: tuple[Path, ...],
     extrapolate: bool,
     scale: float | None,
@@ -89,7 +117,10 @@ def command(
     Examples:
       pi-convert compare model-PI8-Q4_K_M.gguf ./model --scale 8
       pi-convert compare model.gguf model.gguf --runtime-b pytorch --context 4096
+      pi-convert compare f16.gguf q4_k_m.gguf --protocol llama.cpp --context 512 --text wiki.raw
     """
+    if max_windows and protocol != "llama.cpp":
+        raise click.UsageError("--max-windows is of --protocol llama.cpp; else give --documents.")
     from pi_convert.commands._models import Opening, open_models, require_contexts
     from pi_convert.report.compare import compare_text
     from pi_convert.report.compare_page import compare_page
@@ -106,7 +137,8 @@ def command(
     if context is None:
         context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
     require_contexts(models, context, extrapolate=extrapolate)
-    found = _compare(models, read_texts(texts), (context, documents), run)
+    asked = Asked(context, documents, protocol, max_windows)
+    found = _compare(models, read_texts(texts), asked, run)
     if as_json:
         emit_json(found.to_json())
     else:
@@ -116,21 +148,19 @@ def command(
 
 
 def _compare(
-    models: Sequence[Model], texts: Sequence[Document], size: tuple[int, int], run: RunOptions
+    models: Sequence[Model], texts: Sequence[Document], asked: Asked, run: RunOptions
 ) -> CompareReport:
-    """``size`` is (context in tokens, documents)."""
     import contextlib
 
-    from pi_convert.evaluate.compare import compare, document_windows
+    from pi_convert.evaluate.compare import compare
     from pi_convert.evaluate.cost import measure_speed
-    from pi_convert.evaluate.models import require_same_tokens, require_vocabulary
+    from pi_convert.evaluate.models import require_vocabulary
     from pi_convert.evaluate.wording import duration
     from pi_convert.report.compare import CompareReport
     from pi_convert.report.console import progress
     from pi_convert.report.provenance import environment
 
-    runs = require_same_tokens(models, texts)
-    windows = document_windows(runs, *size)
+    runs, windows = _windows(models, texts, asked)
     with progress() as tell, contextlib.ExitStack() as stack:
         loaded = [stack.enter_context(contextlib.closing(m.load(tell))) for m in models]
         for model, runtime in zip(models, loaded, strict=True):
@@ -143,3 +173,18 @@ def _compare(
         paired = compare(loaded[0], loaded[1], windows, tell)
     a, b = models
     return CompareReport(a, b, paired, environment((a.runtime, b.runtime), asdict(run)))
+
+
+def _windows(
+    models: Sequence[Model], texts: Sequence[Document], asked: Asked
+) -> tuple[Sequence[TokenStream], Sequence[Window]]:
+    """The texts' tokens, and windows over them."""
+    from pi_convert.evaluate.compare import document_windows
+    from pi_convert.evaluate.models import one_text, require_same_tokens
+    from pi_convert.evaluate.perplexity import llamacpp_windows
+
+    if asked.protocol == "documents":
+        runs = require_same_tokens(models, texts)
+        return runs, document_windows(runs, asked.context, asked.documents)
+    runs = require_same_tokens(models, [one_text(texts)])
+    return runs, llamacpp_windows(runs[0], models[0].bos, asked.context, asked.max_windows)

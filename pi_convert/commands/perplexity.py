@@ -137,7 +137,6 @@ def command(
     """
     from pi_convert.commands._models import Opening, open_models
     from pi_convert.report.console import emit_json
-    from pi_convert.report.perplexity_page import llamacpp_page, perplexity_page
 
     require_report(report, force=force)
     options = PerplexityOptions(**take(flags, PerplexityOptions))
@@ -149,14 +148,14 @@ def command(
     found: PerplexityReport | LlamaCppReport
     if options.protocol == "llama.cpp":
         found = _as_llamacpp(opened, read_texts(texts), asked)
-        page = llamacpp_page(found)
     else:
         found = _as_the_paper(opened, read_texts(texts), asked)
-        page = perplexity_page(found)
     if as_json:
         emit_json(found.to_json())
     if report is not None:
-        write_page(page, report, force=force)
+        from pi_convert.report.perplexity_page import page_of
+
+        write_page(page_of(found), report, force=force)
 
 
 @dataclass(frozen=True, slots=True)

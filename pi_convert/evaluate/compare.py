@@ -101,9 +101,10 @@ def compare(
                 session.keep(0)
             done = 0
             for chunk in in_lockstep(window, sessions, "comparing", chunk_tokens=at_once):
-                found.add(window.position + done, chunk.following, chunk.document, chunk.logits)
+                found.add(window.scored_from + done, chunk.following, chunk.document, chunk.logits)
                 done += len(chunk.following)
-                progress("comparing, two runs in lockstep", before + done, total)
+                fed = window.scored_from - window.position + done
+                progress("comparing, two runs in lockstep", before + fed, total)
                 del chunk  # or the next chunk's logits stand beside it
             before += window.fed
     return found.summary(time.monotonic() - started)

@@ -14,7 +14,7 @@ from pi_convert.evaluate.wording import duration
 from pi_convert.runtimes.base import CHUNK_TOKENS, Runtime
 
 _WARM_UP_TOKENS = 32
-_TIMED_SECONDS = 0.25
+_TIMED_SECONDS = 0.15
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,14 +93,16 @@ def encode_all(model: Model, documents: Sequence[Document]) -> tuple[TokenStream
     return tuple(runs)
 
 
-def encode_whole(model: Model, documents: Sequence[Document]) -> TokenStream:
-    """All documents as one text, without its last newline: what llama-perplexity reads of a file.
-
-    Tokens count to the first document.
-    """
+def one_text(documents: Sequence[Document]) -> Document:
+    """All documents as one, without its last newline: what llama-perplexity reads of a file."""
     text = "".join(document.text for document in documents).removesuffix("\n")
-    tokens = np.asarray(model.encode(text), dtype=np.int32)
-    return TokenStream(tokens, np.zeros(len(tokens), dtype=np.int32))
+    return Document(documents[0].name, text)
+
+
+def encode_whole(model: Model, documents: Sequence[Document]) -> TokenStream:
+    """The tokens of ``one_text``."""
+    (run,) = encode_all(model, [one_text(documents)])
+    return run
 
 
 def require_same_tokens(

@@ -28,6 +28,13 @@ from pi_convert.report.perplexity import (
 )
 
 
+def page_of(report: PerplexityReport | LlamaCppReport) -> Report:
+    """The report of either protocol."""
+    if isinstance(report, PerplexityReport):
+        return perplexity_page(report)
+    return llamacpp_page(report)
+
+
 def perplexity_page(report: PerplexityReport) -> Report:
     """How perplexity grows with the window, verdict first."""
     models = report.models

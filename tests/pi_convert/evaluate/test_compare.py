@@ -176,3 +176,17 @@ def test_no_more_than_a_chunk_of_logits_is_held() -> None:
     assert a.most == b.most == 1
     with pytest.raises(SourceError, match="one has 40 logits a position, the other 41"):
         compare(a, Watched(41), document_windows([run], 10, 0))
+
+
+def test_llama_perplexitys_protocol_scores_the_second_half_of_every_window(
+    folder: Path, texts: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder), str(folder), *(f"--text={path}" for path in texts), "--threads", "1"]
+    words += ["--protocol", "llama.cpp", "--context", "64", "--max-windows", "2", "--json"]
+    assert cli.run(["compare", *words]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["positions"] == 2 * (64 - 64 // 2 - 1)  # the last token of a window is only told
+    assert [(span["start"], span["stop"]) for span in found["by_position"]] == [(0, 63)]
+    assert found["kl"]["value"] == 0
+    assert cli.run(["compare", *words[:2], "--max-windows", "2"]) == 2
+    assert "--protocol llama.cpp" in capfd.readouterr().err
