@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.export_gguf import PI_CONVERT
 from benchmarks.measure import RESULTS, environment
 from benchmarks.speeches import split
+from converters.sources import open_checkpoint
 from pi_convert.defaults import default_model_path
+from pi_convert.finetune.recipe import Recipe, position_buckets
 
 CACHE = Path(__file__).parent.parent / ".cache" / "real-model"
 
@@ -94,11 +96,15 @@ def run(bench: Bench) -> dict[str, Any]:
                                        "int8"])  # fmt: skip
     onnx = next(p for p in (bench.folder / "tuned-onnx").iterdir() if p.is_dir())
     checked = ["--against", str(bench.tuned), "--preset", plan.preset, "--json"]
+    record = json.loads((bench.tuned / "pi_convert_finetune.json").read_text())
     log = (bench.tuned / "run" / "trainer_log.jsonl").read_text().splitlines()
     return {
         "environment": environment(),
         "plan": {field: getattr(plan, field) for field in Plan.__dataclass_fields__},
-        "record": json.loads((bench.tuned / "pi_convert_finetune.json").read_text()),
+        "record": record,
+        "tokens_by_position": position_buckets(
+            Recipe(**record["recipe"]), open_checkpoint(str(bench.tuned)).rope
+        ),
         "losses": [json.loads(line)["loss"] for line in log],
         "seconds_of_tuning": tuning_seconds(log),
         "verify_gguf": kept(bench, "verify-gguf",
@@ -188,8 +194,8 @@ def as_text(document: dict[str, Any]) -> str:
         "| trained at positions | tokens |",
         "| --- | --- |",
         *(
-            f"| {row['from']:,} to {row['to'] - 1:,} | {row['tokens']:,} |"
-            for row in record["tokens_by_position"]
+            f"| {start:,} to {stop - 1:,} | {tokens:,} |"
+            for start, stop, tokens in document["tokens_by_position"]
         ),
         "",
         "## Perplexity",

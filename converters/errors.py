@@ -7,6 +7,7 @@
     │   └── TokenizerError       its tokenizer is missing, not recognised or does not fit
     ├── UnsupportedError         understood, and refused by name
     ├── OutputError              the output cannot be written, or was found wrong after writing
+    ├── TrainingError            a fine-tuning run cannot go on
     └── EnvironmentNotReadyError a library or device is missing or of the wrong build
 
 Anything else that is raised is a bug and keeps its traceback.
@@ -63,6 +64,10 @@ class UnsupportedError(ConvertError):
 
 class OutputError(ConvertError):
     """The output cannot be written, or was found wrong after writing."""
+
+
+class TrainingError(ConvertError):
+    """A fine-tuning run cannot go on."""
 
 
 class EnvironmentNotReadyError(ConvertError):

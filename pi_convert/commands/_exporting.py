@@ -46,6 +46,34 @@ class ExportOptions:
     as_json: bool
 
 
+def require_export(source: Checkpoint, scale: float, options: ExportOptions) -> None:
+    """Raises ``ConvertError`` where ``source``, once it is tuned, could not be exported.
+
+    A tuned model's weights are not quantized, whatever the source's are.
+    """
+    from converters.ggml import load_quantizer
+    from converters.targets.gguf.plan import DEFAULT_QUANTIZE
+    from pi_convert.report.export import ExportReport
+
+    load_quantizer(options.quantizer)
+    options = replace(
+        options, quantize=options.quantize or (DEFAULT_QUANTIZE,), allow_requantize=True
+    )
+    checkpoint = source.interpolate(scale)
+    report = ExportReport(
+        source,
+        checkpoint,
+        scale,
+        plans=_plans(checkpoint, options),
+        onnx_plans=_onnx_plans(checkpoint, options),
+        out=options.out,
+        folder=_folder(options, checkpoint),
+    )
+    for obstacle in _obstacles(_targets(report, options), options):
+        raise obstacle
+    _preflight(report, options)
+
+
 def run_export(source: Checkpoint, scale: float, options: ExportOptions, started: float) -> int:
     """Plans, writes, proves and reports; the exit code."""
     from converters.errors import ConvertError

@@ -93,10 +93,13 @@ def open_model(reference: str, opening: Opening) -> Model:
 def open_scaled(reference: str, opening: Opening) -> Checkpoint:
     """The checkpoint with ``opening.scale`` applied."""
     from converters.sources import open_checkpoint
+    from pi_convert.commands._scale import require_known_factor, require_no_second_factor
 
     checkpoint = open_checkpoint(
         reference, revision=opening.revision, original_context=opening.original_context
     )
+    require_known_factor(opening.scale, checkpoint)
+    require_no_second_factor(opening.scale, checkpoint)
     return checkpoint if opening.scale is None else checkpoint.interpolate(opening.scale)
 
 

@@ -79,7 +79,10 @@ class Asked:
 )
 @text_option
 @click.option("--extrapolate", is_flag=True, help="Allow a context past L'.")
-@scale_option(required=False, help="Interpolate what torch runs, without fine-tuning.")
+@scale_option(
+    required=False,
+    help="Interpolate what torch runs, without fine-tuning; A and B both, where torch runs both.",
+)
 @runtime_option("--runtime-a", "A, a GGUF file")
 @runtime_option("--runtime-b", "B, a GGUF file")
 @original_context_option

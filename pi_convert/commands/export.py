@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pi_convert.commands._exporting import ExportOptions, run_export
+from pi_convert.commands._exporting import ExportOptions, require_export, run_export
 from pi_convert.commands.options import (
     PATH,
     force_option,
@@ -169,6 +169,7 @@ def command(
     if texts:
         from pi_convert.commands.finetune import tuned_source
 
+        require_export(source, _scale(scale, source), options)  # before hours are spent
         tuned = tuned_source(source, _scale(scale, source), texts, steps, options.out)
         return run_export(tuned, 1.0, options, started)
     return run_export(source, _scale(scale, source), options, started)
@@ -176,19 +177,13 @@ def command(
 
 def _scale(stated: float | None, source: Checkpoint) -> float:
     """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
-    from converters.errors import RopeError
     from pi_convert.audit.stripped import unrecorded_scaling
+    from pi_convert.commands._scale import require_no_second_factor
 
-    factor, kind = source.rope.factor, source.origin.kind
-    if stated is None and factor == 1.0:
+    if stated is None and source.rope.factor == 1.0:
         what = unrecorded_scaling(source) or "MODEL has none"
         raise click.UsageError(f"Missing option '--scale': {what}.")
-    if kind == "adapter" and stated not in (None, 1.0) and factor != 1.0:
-        raise RopeError(
-            f"--scale {stated:g} on an adapter that records factor {factor:g} would make"
-            f" {factor * stated:g}",
-            hint="Leave out --scale; to extend it further, export a safetensors folder first.",
-        )
+    require_no_second_factor(stated, source)
     return 1.0 if stated is None else stated
 
 

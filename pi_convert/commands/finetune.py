@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from pi_convert.commands.options import (
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from pi_convert.finetune.run import Finetuned, FinetuneRequest
-    from pi_convert.finetune.train import StepReport
+    from pi_convert.finetune.train import Estimate, Schedule, StepReport
 
 PRESETS = ("paper", "lora", "quick")
 EXIT_INTERRUPTED = 130
@@ -126,8 +127,8 @@ def command(
 
     MODEL's RoPE is interpolated by S before it is built, then it is trained on windows of the text
     (arXiv 2306.15595, section 3). What is written is a folder whose config every reader takes for
-    the same RoPE, with the recipe recorded; `export` and `verify` take it as it is, with --scale 1.
-    The same command runs under `torchrun` and `accelerate launch`.
+    the same RoPE, with the recipe recorded; `export` and `verify` take it as it is, without
+    --scale. The same command runs under `torchrun` and `accelerate launch`.
 
     \b
     Examples:
@@ -136,7 +137,9 @@ def command(
       pi-convert finetune ./llama --scale 8 --text ./pile --preset paper --device cuda --resume
     """
     from converters.sources import open_checkpoint
+    from pi_convert.commands._scale import require_no_second_factor
     from pi_convert.defaults import resolve_model
+    from pi_convert.finetune.run import RUN
     from pi_convert.report.console import emit
 
     is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
@@ -146,7 +149,15 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    done = run_finetune(source, scale, **flags)
+    require_no_second_factor(scale, source)
+    try:
+        done = run_finetune(source, scale, **flags)
+    except KeyboardInterrupt:  # the first one lets a step end; before the first step there is none
+        out = flags["out"] or Path(f"{source.interpolate(scale).artifact_name}-finetuned")
+        if not (out / RUN).is_dir():
+            raise
+        click.echo(f"interrupted; {out} goes on with the same command and --resume", err=True)
+        return EXIT_INTERRUPTED
     if not done.outcome.finished:
         click.echo(
             f"stopped after step {done.outcome.step}; saved."
@@ -165,7 +176,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     from pi_convert.finetune.run import FinetuneRequest, finetune, require_libraries
     from pi_convert.report.console import progress
 
-    require_libraries()
+    require_libraries(flags["device"])
     from pi_convert.finetune.train import Passes, Schedule
 
     target = source.interpolate(scale)
@@ -187,10 +198,11 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
         device=flags["device"],
         resume=flags["resume"],
     )
+    _require_memory(request)
     teller, started = _Teller(), time.monotonic()
     try:
         with progress() as tell:
-            return finetune(request, teller, tell)
+            return finetune(request, teller, tell, _Estimated(request.schedule))
     finally:  # a run that ends in an error or at a second Ctrl-C has its losses too
         if teller.first is not None:
             _draw(request, teller.first, time.monotonic() - started)
@@ -269,18 +281,8 @@ class _Teller:
         self.first: int | None = None  # step that was told; none in processes that do not tell
 
     def __call__(self, report: StepReport) -> None:
-        from pi_convert.report.console import size
-
-        is_first = self.first is None
-        if is_first:
+        if self.first is None:
             self.first = report.step
-        if is_first and report.step < report.steps:
-            click.echo(
-                f"estimate: {_duration(report.seconds_left)} for {report.steps - report.step:,}"
-                f" more steps, {size(report.peak_bytes)} of memory at the peak, from a measured"
-                " step. Ctrl-C saves and stops.",
-                err=True,
-            )
         line = (
             f"step {report.step:,} of {report.steps:,}: loss {report.loss:.4f},"
             f" {report.tokens_per_second:,.0f} tokens/s, {_duration(report.seconds_left)} left"
@@ -290,6 +292,52 @@ class _Teller:
         if report.perplexity_past is not None:
             line += f", {report.perplexity_past:.2f} past it"
         click.echo(line, err=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimated:
+    """What the whole run will take, before the first step is over."""
+
+    schedule: Schedule
+
+    def __call__(self, estimate: Estimate) -> None:
+        from pi_convert.report.console import size
+
+        click.echo(
+            f"estimate: {_duration(estimate.seconds)} for {estimate.steps:,}"
+            f" step{'s'[: estimate.steps != 1]}, {size(estimate.peak_bytes)} of memory at the"
+            " peak, from one measured pass. Ctrl-C saves and stops.",
+            err=True,
+        )
+        if self.schedule.eval_every and not estimate.held_out:
+            click.echo(
+                "fewer than 10 windows of text: none is held out, so no perplexity is told",
+                err=True,
+            )
+
+
+def _require_memory(request: FinetuneRequest) -> None:
+    """Raises ``EnvironmentNotReadyError`` where this machine's memory cannot hold the run.
+
+    Weights, gradients and two moments are float32; each layer's input is kept for every token.
+    Not known of a GPU and of several processes, which may share the weights.
+    """
+    from converters.errors import EnvironmentNotReadyError
+    from pi_convert.report.console import size
+    from pi_convert.report.runlines import available_memory_bytes
+
+    if request.device != "cpu" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    recipe, hparams = request.recipe, request.source.hparams
+    bytes_a_weight = 4 if recipe.lora_rank else 4 * 4
+    inputs = 4 * recipe.window * request.passes.windows * hparams.hidden_size * hparams.layers
+    needed, free = bytes_a_weight * request.source.parameters + inputs, available_memory_bytes()
+    if needed > free:
+        raise EnvironmentNotReadyError(
+            f"training {request.source.parameters:,} weights on windows of {recipe.window:,} tokens"
+            f" needs more than {size(needed)} of memory, and {size(free)} are free",
+            hint="Give a shorter --window or --preset lora, or free some memory.",
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -144,7 +144,8 @@ def _measure(
             runtime = bench.runtime(model)
             speed = measure_speed(model, runtime)
             if options.budget is not None:
-                plan = within_budget(model, context, plan, speed, 60 * options.budget)  # noqa: PLW2901
+                seconds, seed = 60 * options.budget, options.seed
+                plan = within_budget(model, context, plan, speed, seconds, seed=seed)  # noqa: PLW2901
             text = plan_text(plan, (planned[0][1].depths, asked[1]), plan.seconds(speed))
             click.echo(f"cost: {text}", err=True)
             found.append((model, measure_passkey(runtime, plan, tell, f"{model.name}: ")))

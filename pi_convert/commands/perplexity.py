@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("paper", "llama.cpp")
 _DEFAULT_CONTEXTS = (512, 1024, 2048)
+_DEFAULT_STRIDE = 256
 
 
 class ContextsType(click.ParamType[tuple[int, ...]]):
@@ -60,7 +61,7 @@ class PerplexityOptions:
     """What the command line asked for."""
 
     contexts: tuple[int, ...] | None
-    stride: int
+    stride: int | None
     max_windows: int
     join: bool
     extrapolate: bool
@@ -78,9 +79,9 @@ class PerplexityOptions:
 @click.option(
     "--stride",
     type=click.IntRange(min=1),
-    default=256,
     metavar="N",
-    help="Tokens scored at the end of each window. Default: 256, the paper's.",
+    help="Tokens scored at the end of each window. Default: 256, the paper's, or half of the"
+    " smallest context.",
 )
 @text_option
 @click.option(
@@ -181,14 +182,15 @@ def _settled(
     if contexts is None:
         reach = min((m.context for m in models if m.context is not None), default=2**31)
         contexts = tuple(c for c in _DEFAULT_CONTEXTS if c <= reach) or (reach,)
-    if options.protocol == "paper" and contexts[0] <= options.stride:
+    stride = options.stride or min(_DEFAULT_STRIDE, max(1, contexts[0] // 2))
+    if options.protocol == "paper" and contexts[0] <= stride:
         raise click.UsageError(
-            f"--stride {options.stride} is not below the smallest context, {contexts[0]}."
+            f"--stride {stride} is not below the smallest context, {contexts[0]}."
         )
     from pi_convert.commands._models import require_contexts
 
     require_contexts(models, contexts[-1], extrapolate=options.extrapolate)
-    return replace(options, contexts=contexts, join=options.join or joined)
+    return replace(options, contexts=contexts, stride=stride, join=options.join or joined)
 
 
 def _as_the_paper(
@@ -205,7 +207,7 @@ def _as_the_paper(
     plan = plan_windows(
         runs,
         options.contexts or (),
-        stride=options.stride,
+        stride=options.stride or _DEFAULT_STRIDE,
         most=options.max_windows,
         joined=options.join,
     )

@@ -162,7 +162,13 @@ def plan_passkey(
 
 
 def within_budget(
-    model: Model, context_tokens: int, plan: PasskeyPlan, speed: Speed, seconds: float
+    model: Model,
+    context_tokens: int,
+    plan: PasskeyPlan,
+    speed: Speed,
+    seconds: float,
+    *,
+    seed: int = 0,
 ) -> PasskeyPlan:
     """The plan with fewer trials, then fewer depths, until it takes at most ``seconds``.
 
@@ -174,7 +180,7 @@ def within_budget(
             trials = max(1, min(trials - 1, int(trials * seconds / plan.seconds(speed))))
         else:
             depths = max(2, min(depths - 1, int(depths * seconds / plan.seconds(speed))))
-        plan = plan_passkey(model, context_tokens, depths=depths, trials=trials)
+        plan = plan_passkey(model, context_tokens, depths=depths, trials=trials, seed=seed)
     return plan
 
 

@@ -46,6 +46,9 @@ class Tried:
     past: float | None
 
 
+_UNSCALED = "no scaling predicts the text better than factor 1 does"
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What the weights say. ``factor`` None: no factor stands out, for ``reason``."""
@@ -53,6 +56,7 @@ class Probe:
     tried: tuple[Tried, ...]  # by factor
     factor: float | None
     reason: str
+    told: bool  # whether the weights say anything: a factor, or that factor 1 is best
     gain: Mean  # NLL of factor 1 minus the best factor's, below L, paired
     best: float  # of all tried, whether it stands out or not
     rival: float  # the next best
@@ -134,6 +138,7 @@ def probe(
         tried=tried,
         factor=stands_out,
         reason=reason,
+        told=stands_out is not None or reason == _UNSCALED,
         gain=gain,
         best=best,
         rival=rival,
@@ -158,7 +163,7 @@ def _decide(
             f" ({nll:.2f} nats a token, chance is {chance:.2f})"
         )
     if best == 1.0:
-        return None, "no scaling predicts the text better than factor 1 does"
+        return None, _UNSCALED
     if gain.interval is None or gain.interval[0] <= 0 or gain.value < LEAST_GAIN:
         return None, (
             f"factor {best:g} is {gain.value:.3f} nats better than factor 1, which is too little to"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from converters.errors import SourceError
 
+_TABLES = (".jsonl", ".parquet")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -34,13 +36,20 @@ def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
         except OSError as error:
             raise SourceError(
                 f"{path}: {error.strerror}",
-                hint="Check the path: expected a UTF-8 text file; several are given one by one.",
+                hint="Expected a UTF-8 text file; those of a folder are given one by one.",
             ) from error
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"{path} is no UTF-8 text: {error}",
                 hint=f"Convert it first: iconv -t utf-8 {shlex.quote(str(path))} > text.txt",
             ) from error
+        if "\0" in text:
+            raise SourceError(f"{path} is a binary file", hint="Give text files.")
+        if path.suffix.lower() in _TABLES:
+            raise SourceError(
+                f"{path} is a table, which would be read as one text",
+                hint="Write its texts to files of their own: one is a document.",
+            )
         if not text.strip():
             raise SourceError(f"{path} is empty", hint="Give a file with text in it.")
         documents.append(Document(path.name, text))

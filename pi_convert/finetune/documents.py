@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from converters.errors import EnvironmentNotReadyError, SourceError
@@ -34,7 +34,7 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         if path.is_file() or _is_dataset(path):
             found.append(path)
             continue
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _is_named_text(p)]
+        inside = _inside(path)
         if not inside:
             raise SourceError(
                 f"{path}: no text in it",
@@ -43,6 +43,17 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         found += inside
     if not found:
         raise SourceError("no text was given", hint="Give --text PATH, a file or a folder.")
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Text files and ``datasets`` folders, at any depth, in order."""
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found += [path] if _is_dataset(path) else _inside(path)
+        elif path.is_file() and _is_named_text(path):
+            found.append(path)
     return found
 
 
@@ -88,12 +99,17 @@ def _text(file: Path) -> str:
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    with file.open("rb") as lines:  # a byte's newline; str.splitlines would cut inside strings
+        yield from _rows(lines, file)
+
+
+def _rows(lines: Iterable[bytes], file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(
                 f"{file}, line {number}: {error}", hint="Expected one JSON object a line."
             ) from error
@@ -125,9 +141,16 @@ def _read_parquet(file: Path) -> Iterator[str]:
 def _read_dataset(folder: Path) -> Iterator[str]:
     try:
         import datasets
+        import pyarrow as pa
     except ImportError as error:
         raise _not_installed(error) from error
-    loaded = datasets.load_from_disk(str(folder))
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        raise SourceError(
+            f"{folder} is no whole datasets folder: {error}",
+            hint="Expected what Dataset.save_to_disk wrote.",
+        ) from error
     splits = [loaded] if isinstance(loaded, datasets.Dataset) else [loaded[n] for n in loaded]
     for split in splits:
         _require_column(split.column_names, folder)

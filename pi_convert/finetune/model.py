@@ -125,6 +125,7 @@ def _add_adapters(model: Any, recipe: Recipe) -> None:
         lora_dropout=recipe.lora_dropout,
         target_modules=list(ATTENTION),
     )
+    torch.manual_seed(recipe.seed)  # the adapters' first weights are drawn
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if any(part in name for part in _TRAINED_BESIDE_ADAPTERS):

@@ -96,24 +96,34 @@ def _check_window(recipe: Recipe, rope: RopeParameters) -> None:
             f"a window of {recipe.window:,} tokens is longer than L' = {rope.context:,}",
             hint=f"Give --window {rope.context} or less, or a larger --scale.",
         )
-    if recipe.window <= rope.original_context and not recipe.allow_short_window:
+    longest = f"--window {rope.original_context + 2} or more"
+    if rope.context <= rope.original_context:
+        longest = "a larger --scale"  # no window of it reaches past L
+    # The last token of a window is only predicted.
+    if recipe.window - 1 <= rope.original_context and not recipe.allow_short_window:
         raise ConvertError(
             f"a window of {recipe.window:,} tokens trains no position past L ="
             f" {rope.original_context:,}, which is what fine-tuning after interpolation is for",
-            hint="Give a longer --window, or --allow-short-window, which is recorded.",
+            hint=f"Give {longest}, or --allow-short-window, which is recorded.",
         )
 
 
 def run_record(
-    recipe: Recipe, rope: RopeParameters, data: Mapping[str, object]
+    recipe: Recipe,
+    rope: RopeParameters,
+    source: Mapping[str, object],
+    data: Mapping[str, object],
 ) -> dict[str, object]:
-    """What is written beside the weights: L, s, L', the recipe, and what it was trained on."""
+    """What is written beside the weights: L, s, L', the recipe, from what and on what it was
+    trained.
+    """
     buckets = position_buckets(recipe, rope)
     return {
         "schema_version": RECORD_SCHEMA,
         "original_context": rope.original_context,
         "factor": rope.factor,
         "context": rope.context,
+        "source": dict(source),
         "recipe": dataclasses.asdict(recipe) | {"betas": list(recipe.betas)},
         "data": dict(data),
         "tokens_by_position": [
@@ -125,13 +135,13 @@ def run_record(
 def position_buckets(recipe: Recipe, rope: RopeParameters) -> list[tuple[int, int, int]]:
     """(first position, position after the last, tokens trained there): up to L, 2L, 4L, ... L'.
 
-    Every window has every position once, so a bucket's tokens are its width times the windows.
+    Every window trains each of its positions once but the last, which is only predicted.
     """
     windows = recipe.steps * recipe.global_batch
     found, start, stop = [], 0, rope.original_context
     while start < rope.context:
         stop = min(stop, rope.context)
-        width = max(0, min(stop, recipe.window) - start)
+        width = max(0, min(stop, recipe.window - 1) - start)
         found.append((start, stop, width * windows))
         start, stop = stop, 2 * stop
     return found

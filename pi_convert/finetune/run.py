@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.checkpoint import Checkpoint
+from converters.content_hash import content_hash, tensor_hash
 from converters.encodings import F32
-from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
+from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, SourceError
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
@@ -30,7 +31,7 @@ from pi_convert.finetune.documents import documents, fingerprint, text_files
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
-    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule
+    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, TellEstimate
 
 RUN = "run"
 _RECIPE = "recipe.json"
@@ -65,39 +66,50 @@ class Finetuned:
     record: dict[str, object]
 
 
-def finetune(request: FinetuneRequest, report: Report, tell: Tell = silent) -> Finetuned:
+def finetune(
+    request: FinetuneRequest,
+    report: Report,
+    tell: Tell = silent,
+    estimate: TellEstimate = lambda _: None,
+) -> Finetuned:
     """Trains, and writes the folder; or stops at a Ctrl-C with a checkpoint to resume from.
 
     Raises ``ConvertError`` or one of its kinds for what cannot be trained; a run that was there
-    before is left as it was.
+    before is left as it was, and one that cannot start leaves nothing.
     """
-    require_libraries()
+    require_libraries(request.device)
     from pi_convert.finetune import train
     from pi_convert.finetune.model import load_model, require_frequencies
 
     _no_bars()
     files = text_files(request.texts)
-    record = run_record(request.recipe, request.target.rope, _about(files))
     run = request.out / RUN
     arguments = train.training_arguments(
         run / "checkpoints", request.recipe, request.device, request.schedule, request.passes
     )
+    is_main = arguments.process_index == 0
+    source = _about_source(request.source, tell) if is_main else {}
+    record = run_record(request.recipe, request.target.rope, source, _about(files))
     with arguments.main_process_first(local=False, desc="preparing"):
-        if arguments.process_index == 0:
+        if is_main:
             _prepare(request, files, record, tell)
         store = open_store(run / "tokens")
     corpus = train.Corpus(store, windows(store, request.recipe.window))
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
     progress = train.Progress(
-        request.recipe, rope.original_context, request.schedule, run / train.LOG_NAME, report
+        request.recipe,
+        rope.original_context,
+        request.schedule,
+        run / train.LOG_NAME,
+        (report, estimate),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
     checkpoint = train.last_checkpoint(run / "checkpoints") if request.resume else None
     outcome = train.train(trainer, progress, checkpoint)
     require_frequencies(model, rope, "after training")
     if outcome.finished:
-        _write(request, trainer, model, record, is_main=arguments.process_index == 0)
+        _write(request, trainer, model, record, is_main=is_main)
     return Finetuned(outcome, request.out, record)
 
 
@@ -108,8 +120,8 @@ def _no_bars() -> None:
     logging.disable_progress_bar()
 
 
-def require_libraries() -> None:
-    """Raises ``EnvironmentNotReadyError`` where the extra is not installed."""
+def require_libraries(device: str = "cpu") -> None:
+    """Raises ``EnvironmentNotReadyError`` without the extra, or without the device."""
     try:
         import accelerate  # noqa: F401
         import torch
@@ -123,6 +135,20 @@ def require_libraries() -> None:
             f"fine-tuning needs torch 2.13 or newer, found {torch.__version__}",
             hint=f"Install: {install_line('finetune')}",
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentNotReadyError(
+            "torch sees no CUDA device",
+            hint="Leave --device at cpu, or install a build of torch for your GPU.",
+        )
+
+
+def _about_source(source: Checkpoint, tell: Tell) -> dict[str, object]:
+    """Which weights are trained: a run is not gone on with from others."""
+    hashes = {}
+    for done, (name, tensor) in enumerate(source.tensors.items(), start=1):
+        hashes[name] = tensor_hash(tensor)
+        tell("hashing the source", done, len(source.tensors))
+    return {"name": source.origin.label, "sha256": content_hash(source.tensors, hashes)}
 
 
 def _about(files: Sequence[Path]) -> dict[str, object]:
@@ -132,13 +158,22 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
 def _prepare(
     request: FinetuneRequest, files: Sequence[Path], record: dict[str, object], tell: Tell
 ) -> None:
-    """The run folder with its recipe, the interpolated base and the tokens."""
+    """The run folder with its recipe, the interpolated base and the tokens.
+
+    A new run that cannot be prepared leaves the folder as it was found.
+    """
     run = request.out / RUN
+    had_folder, had_run = request.out.is_dir(), run.is_dir()
     _claim(request, run, record)
-    if not (run / "base" / "config.json").is_file():
-        write_folder(request.target, run / "base", progress=tell)
-    store = _tokens(request, files, run, tell)
-    windows(store, request.recipe.window)
+    try:
+        if not (run / "base" / "config.json").is_file():
+            write_folder(request.target, run / "base", progress=tell)
+        store = _tokens(request, files, run, tell)
+        windows(store, request.recipe.window)
+    except ConvertError:
+        if not had_run:
+            shutil.rmtree(run if had_folder else request.out)
+        raise
 
 
 def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
@@ -152,7 +187,11 @@ def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> No
                 hint="Go on with --resume, or give another --out.",
             )
         if (request.out / "config.json").is_file():
-            raise OutputError(f"{request.out}: this run is finished", hint="Give another --out.")
+            raise OutputError(
+                f"{request.out}: this run is finished",
+                hint=f"`pi-convert export {request.out}` takes it; to train anew give another"
+                " --out.",
+            )
         if found != _plain(record):
             raise OutputError(
                 f"{request.out} holds a run with other settings: {_difference(found, record)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 import transformers
 from torch.utils.data import SequentialSampler
 
-from converters.errors import ConvertError
+from converters.errors import ConvertError, TrainingError
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
 from pi_convert.finetune.recipe import Recipe
 
@@ -26,6 +27,7 @@ HELD_OUT_AT_MOST = 4
 _HELD_OUT_SHARE = 10  # one window in so many
 _KEPT_CHECKPOINTS = 2
 _TRAINER_STATE = "trainer_state.json"  # transformers writes it last
+_MOMENT_BYTES = 8  # AdamW's two, float32, for every weight that is trained
 LOG_NAME = "trainer_log.jsonl"
 
 
@@ -71,7 +73,18 @@ class Outcome:
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is ahead, from the first pass of a run."""
+
+    seconds: float
+    steps: int  # left
+    peak_bytes: int
+    held_out: int  # windows that perplexities are of; 0 where there are too few
+
+
 Report = Callable[[StepReport], None]
+TellEstimate = Callable[[Estimate], None]
 
 
 def training_arguments(
@@ -151,9 +164,12 @@ def training_order(windows: int, recipe: Recipe) -> list[int]:
 class PiTrainer(transformers.Trainer):  # type: ignore[misc]
     """The paper's warm-up, samples in the order that was decided, and a stop at a bad loss."""
 
-    def __init__(self, recipe: Recipe, **arguments: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, first_pass: Callable[[float], None], **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self._recipe = recipe
+        self._first_pass: Callable[[float], None] | None = first_pass  # None once it was told
         self.lr_scheduler: Any
         self.model_accepts_loss_kwargs = False  # the loss is a mean over equal windows
 
@@ -169,13 +185,17 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        """The loss of one window; raises ``ConvertError`` before a bad one moves a weight."""
+        """The loss of one pass; raises ``TrainingError`` before a bad one moves a weight."""
+        started = time.monotonic()
         loss: torch.Tensor = super().training_step(*arguments, **named)
         if not torch.isfinite(loss):
-            raise ConvertError(
+            raise TrainingError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}",
-                hint="The last checkpoint is kept. Start anew with a lower --learning-rate.",
+                hint="Start anew with a lower --learning-rate and another --out.",
             )
+        if self._first_pass is not None:
+            self._first_pass(time.monotonic() - started)
+            self._first_pass = None
         return loss
 
 
@@ -183,10 +203,16 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
     """Logs, tells, evaluates, and stops where a person asked for it."""
 
     def __init__(
-        self, recipe: Recipe, original_context: int, schedule: Schedule, log: Path, tell: Report
+        self,
+        recipe: Recipe,
+        original_context: int,
+        schedule: Schedule,
+        log: Path,
+        tell: tuple[Report, TellEstimate],
     ) -> None:
         self._recipe, self._original_context = recipe, original_context
-        self._schedule, self._log, self._tell = schedule, log, tell
+        self._schedule, self._log = schedule, log
+        self._tell, self._tell_estimate = tell
         self._held_out: torch.Tensor | None = None
         self._model: Any = None
         self._started = self._evaluated = 0.0
@@ -196,6 +222,23 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
     def hold_out(self, model: Any, windows: torch.Tensor | None) -> None:
         """What perplexity is measured on: (windows, tokens), or nothing."""
         self._model, self._held_out = model, windows
+
+    def first_pass(self, trainer: Any, seconds: float) -> None:
+        """Tells what the run will take, from its first forward and backward pass."""
+        arguments, state = trainer.args, trainer.state
+        steps = arguments.max_steps - state.global_step
+        passes = steps * arguments.gradient_accumulation_steps
+        if not state.is_world_process_zero or passes < 2:
+            return
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        self._tell_estimate(
+            Estimate(
+                seconds=seconds * passes,
+                steps=steps,
+                peak_bytes=_peak_bytes(arguments.device) + _MOMENT_BYTES * trained,
+                held_out=0 if self._held_out is None else len(self._held_out),
+            )
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Starts the clock, and drops log lines of steps that are done again."""
@@ -289,7 +332,12 @@ def make_trainer(
     order = training_order(len(trained), recipe)
     dataset = WindowDataset(corpus.store, [trained[i] for i in order])
     trainer = PiTrainer(
-        recipe, model=model, args=arguments, train_dataset=dataset, callbacks=[progress]
+        recipe,
+        lambda seconds: progress.first_pass(trainer, seconds),
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        callbacks=[progress],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     kept = WindowDataset(corpus.store, held_out)
@@ -299,9 +347,20 @@ def make_trainer(
 
 
 def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> Outcome:
-    """Where the run ended; the weights are those of the trainer's model."""
-    with _stopping_at_ctrl_c(progress.stop):
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    """Where the run ended; the weights are those of the trainer's model.
+
+    Raises ``TrainingError`` for a loss that is not finite; a checkpoint of the weights that gave it
+    is removed, so that the last one is good.
+    """
+    try:
+        with _stopping_at_ctrl_c(progress.stop):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except TrainingError as error:
+        folder = Path(trainer.args.output_dir)
+        shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
+        good = last_checkpoint(folder)
+        kept = f"{good} has the last good weights." if good else "No checkpoint is from before it."
+        raise TrainingError(error.message, hint=f"{kept} {error.hint}") from error
     step: int = trainer.state.global_step
     return Outcome(finished=step >= trainer.args.max_steps, step=step)
 

@@ -88,7 +88,9 @@ def _conclusion(report: ProbeReport) -> list[str]:
             f"Factor {factor_text(found.factor)} stands out:"
             f" {_nats(found.gain)} below factor 1{_next(found)}."
         ]
-    if report.stated != 1.0:
+    if report.stated != 1.0 and not found.told:
+        lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")
+    elif report.stated != 1.0:
         verb = "says the same" if report.agrees else "DOES NOT AGREE"
         lines.append(f"The config, with factor {factor_text(report.stated)}, {verb}.")
     elif found.factor is not None:

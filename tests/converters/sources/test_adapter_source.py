@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
+from pi_convert import cli
 from pi_convert.commands.export import command as export
 from pi_convert.commands.inspect import command as inspect
 from tests.tiny import VOCABULARY, write_tiny
@@ -56,6 +57,26 @@ def test_merged_as_peft_merges(tmp_path: Path, rslora: bool, saved: list[str] | 
         assert np.allclose(parts, tensor.read_f32(0, len(parts)), rtol=0, atol=MERGE)
         changed += not np.array_equal(value, load_file(base / "model.safetensors")[name].numpy())
     assert changed == 2 * len(TARGETS) + len(saved or [])
+
+
+@pytest.mark.parametrize("words", [["perplexity", "FOLDER", "--contexts", "32"],
+                                   ["compare", "FOLDER", "FOLDER", "--context", "32"],
+                                   ["finetune", "FOLDER", "--text", "TEXT"]])  # fmt: skip
+def test_a_factor_is_neither_guessed_nor_multiplied(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = write_tiny(tmp_path / "base"), tmp_path / "tuned"
+    adapter(base, tuned)
+    words = [str(tuned) if word == "FOLDER" else word for word in words]
+    words = [str(tmp_path) if word == "TEXT" else word for word in words]
+    capfd.readouterr()
+    assert cli.run(words) == 2
+    assert "Missing option '--scale'" in capfd.readouterr().err
+    config = json.loads((base / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    (base / "config.json").write_text(json.dumps(config))
+    assert cli.run([*words, "--scale", "4"]) == 1
+    assert "on an adapter that records factor 4 would make 16" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -210,6 +210,9 @@ def test_a_budget_takes_trials_then_distances(model: Model) -> None:
     assert 1 <= half.trials < 4
     least = within_budget(model, 1000, plan, speed, 1e-3)
     assert (least.depths, least.trials) == (2, 1)
+    seeded = [within_budget(model, 1000, plan, speed, whole / 2, seed=s) for s in (0, 5)]
+    assert [p.key for p in seeded[0].prompts] == [p.key for p in half.prompts]
+    assert [p.key for p in seeded[1].prompts] != [p.key for p in half.prompts]
 
 
 def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

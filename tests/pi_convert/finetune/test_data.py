@@ -37,6 +37,26 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         assert list(documents(text_files(given))) == texts
 
 
+def test_lines_of_jsonl_end_at_newlines_only(tmp_path: Path) -> None:
+    texts = ["one\u2028two\u0085three", "four"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(rows.encode())
+    assert list(documents(text_files([tmp_path]))) == texts
+
+
+def test_datasets_inside_a_folder_are_found_and_damaged_ones_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_dict({"text": ["a b"]})
+    made.save_to_disk(str(tmp_path / "in" / "one"))
+    (tmp_path / "in" / "two.txt").write_text("c")
+    assert list(documents(text_files([tmp_path / "in"]))) == ["a b", "c"]
+    (tmp_path / "in" / "one" / "state.json").write_text("{")
+    with pytest.raises(SourceError, match="no whole datasets folder"):
+        list(documents(text_files([tmp_path / "in"])))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

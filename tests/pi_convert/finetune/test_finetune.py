@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from converters.errors import ConvertError, OutputError
+from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, TrainingError
 from converters.rope import RopeParameters
 from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
@@ -32,7 +32,11 @@ from pi_convert.finetune.model import (
     require_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
+from pi_convert.finetune.train import last_checkpoint
+from pi_convert.report import runlines
 from pi_convert.report.finetune import LossPlot, write_loss_plot
+from tests.pi_convert.finetune.conftest import SMALL
+from tests.tiny import write_tiny
 
 # The step's arithmetic is the same; gloo's sum of gradients rounds in another order.
 PROCESSES_AGREE = 1e-5
@@ -142,15 +146,15 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
     out = tmp_path / "killed"
     more = ("--eval-every", "4", "--save-every", "3")
     arguments = process(*words(model, text, out, *more, steps=8))
-    running = subprocess.Popen(arguments, env=ENVIRONMENT)
-    log = out / "run" / "trainer_log.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.is_file() or len(log.read_text().splitlines()) < 4:
-        assert running.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    stop = np.random.default_rng(7).choice([4, 5])  # checkpoints are of steps 3 and 6
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith(f"step {stop} of 8"):
+                running.send_signal(signal.SIGKILL)
+                break
+    assert len(log_of(out)) in (stop, stop + 1)
+    assert last_checkpoint(out / "run" / "checkpoints") == out / "run/checkpoints/checkpoint-3"
     assert not (out / "config.json").exists()
     with pytest.raises(OutputError, match="another run"):
         finetuned(model, text, out, *more, steps=8)
@@ -264,14 +268,108 @@ def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(mod
     assert done.returncode == 0, done.stderr
 
 
-def test_a_bad_loss_stops_before_it_moves_a_weight(model: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(ConvertError, match="the loss became"):
-        finetuned(model, text, out, "--learning-rate", "1e30", "--save-every", "1", steps=6)
-    kept = sorted((out / "run" / "checkpoints").glob("checkpoint-*"))
-    assert kept
+def test_a_bad_loss_stops_with_the_last_good_checkpoint_kept(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, checkpoints = tmp_path / "out", tmp_path / "out" / "run" / "checkpoints"
+    # The third step throws the weights far off; the loss of the fourth tells.
+    with monkeypatch.context() as patched:
+        patched.setattr(Recipe, "rate_share", lambda _, step: 1e36 if step == 2 else 1.0)
+        with pytest.raises(TrainingError, match=r"the loss became .* in step 4") as raised:
+            finetuned(model, text, out, "--save-every", "1", steps=6)
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    assert "checkpoint-2 has the last good weights" in raised.value.hint
     assert (out / "run" / "loss.html").is_file()
     assert not (out / "config.json").exists()
+    kept = load_file(checkpoints / "checkpoint-2" / "model.safetensors")
+    assert max(float(value.abs().max()) for value in kept.values()) < 100
+
+
+def test_the_first_checkpoint_is_none_that_is_good_where_its_loss_is_bad(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match="the loss became") as raised:
+        finetuned(model, text, out, "--learning-rate", "1e37", "--save-every", "1", steps=6)
+    assert "No checkpoint is from before it" in raised.value.hint
+    assert last_checkpoint(out / "run" / "checkpoints") is None
+
+
+def test_adapters_are_drawn_by_the_seed(model: Path, text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        torch.manual_seed(torch.seed())
+        lora = ("--preset", "lora", "--learning-rate", "1e-2", "--seed", seed)
+        finetuned(model, text, tmp_path / name, *lora)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+
+
+def test_a_run_of_other_weights_is_not_gone_on_with(
+    model: Path, plain: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    with monkeypatch.context() as patched:
+        patched.setattr(Recipe, "rate_share", lambda _, step: 1e36 if step == 2 else 1.0)
+        with pytest.raises(TrainingError):
+            finetuned(model, text, out, "--save-every", "1", steps=6)
+    write_tiny(other, shape=SMALL, seed=1)
+    with pytest.raises(OutputError, match="with other settings: source"):
+        finetuned(other, text, out, "--save-every", "1", "--resume", steps=6)
+
+
+def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(ConvertError, match="fewer than one window"):
+        finetuned(model, short, out)
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(ConvertError, match="fewer than one window"):
+        finetuned(model, short, out)
+    assert list(out.iterdir()) == []
+    finetuned(model, text, out, steps=1)
+
+
+def test_what_it_will_take_is_told_before_the_first_step(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    said = finetuned(model, text, tmp_path / "a").splitlines()
+    estimate, first = (
+        next(i for i, line in enumerate(said) if line.startswith(start))
+        for start in ("estimate: ", "step 1 of 3")
+    )
+    assert estimate < first
+    assert " for 3 steps, " in said[estimate]
+    assert not any("none is held out" in line for line in said)
+    short = tmp_path / "short.txt"
+    short.write_text("A few windows of words. " * 20)
+    said = finetuned(model, short, tmp_path / "b").splitlines()
+    assert any(line.startswith("fewer than 10 windows of text: none is held out") for line in said)
+
+
+def test_a_device_and_memory_that_are_not_there_are_said_before_work(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(EnvironmentNotReadyError, match="no CUDA device"):
+            finetuned(model, text, tmp_path / "out", "--device", "cuda")
+    monkeypatch.setattr(runlines, "available_memory_bytes", lambda: 1 << 20)
+    with pytest.raises(EnvironmentNotReadyError, match=r"needs more than 1\.\d MiB of memory"):
+        finetuned(model, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_its_output_before_it_trains(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--to", "gguf", "--scale", "2", "--quantize", "f16", "--out", str(tmp_path)]
+    assert CliRunner().invoke(export, [str(model), *flags]).exit_code == 0
+    tuned = [str(model), *flags, "--finetune", str(text), "--steps", "2"]
+    refused = CliRunner().invoke(export, tuned)
+    assert isinstance(refused.exception, OutputError)
+    assert not list(tmp_path.glob("*-finetuned"))
 
 
 def test_lora_trains_adapters_norms_and_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
@@ -362,7 +460,8 @@ def test_the_papers_numbers() -> None:
     assert choose_recipe("paper", 4, ROPE, 33_000_000_000, Choices()).learning_rate == 1e-5
 
 
-@pytest.mark.parametrize(("window", "said"), [(2048, "no position past L"), (8193, "longer than")])
+# Of 2,049 tokens the last stands past L, and is only predicted.
+@pytest.mark.parametrize(("window", "said"), [(2049, "no position past L"), (8193, "longer than")])
 def test_windows_that_make_no_sense_are_refused(window: int, said: str) -> None:
     with pytest.raises(ConvertError, match=said):
         choose_recipe("quick", 4, ROPE, 1, Choices(window=window))
@@ -373,7 +472,7 @@ def test_a_short_window_is_recorded_and_trains_nothing_past_it() -> None:
     recipe = choose_recipe("quick", 4, ROPE, 1, choices)
     assert recipe.allow_short_window
     assert position_buckets(recipe, ROPE) == [
-        (0, 2048, 20480),
+        (0, 2048, 20 * 1023),
         (2048, 4096, 0),
         (4096, 8192, 0),
     ]
