@@ -64,7 +64,10 @@ ARMS = (
     Arm("PI x8", scale=8, context=8 * L, kept=LONG),
     Arm("direct", context=8 * L),
     Arm("trained on", kept=LONG),
+    Arm("PI x3", scale=3, context=3 * L, kept=(200,)),  # these are probed only
+    Arm("PI x4.5", scale=4.5, context=576, kept=(200,)),  # off the grid of factors
 )
+PROBED = ("PI x3", "PI x4.5")
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
         "perplexity": perplexities(bench),
         "passkey": passkeys(bench),
+        "probe": probes(bench),
     }
     text, plots = paper_report.render(document)
     return {"document": document, "text": text, "plots": plots}
@@ -270,12 +274,30 @@ def passkeys(bench: Bench) -> list[Found]:
     return found
 
 
+def probes(bench: Bench) -> list[Found]:
+    """What the weights say once the config is the base's, which knows of no factor."""
+    words = ["probe"]
+    words += [w for text in split(CACHE / "speeches").test for w in ("--text", str(text))]
+    found = []
+    for arm in bench.plan.arms:
+        step = arm.kept[-1]
+        model = bench.model(arm, step)
+        stripped = bench.folder / "stripped" / f"{arm.name}-{step}"
+        if not stripped.is_dir():
+            stripped.parent.mkdir(exist_ok=True)
+            keep(bench.base, stripped, model / "model.safetensors")
+        made = measured(bench, "probe", stripped, words)
+        found.append({"arm": arm.name, "step": step, "scale": arm.scale, **made})
+    return found
+
+
 def kept_models(bench: Bench) -> list[tuple[str, int, int, Path]]:
     """(arm, step, window that it is trained on, folder)."""
     return [
         (arm.name, step, arm.context, bench.model(arm, step))
         for arm in bench.plan.arms
         for step in arm.kept
+        if arm.name not in PROBED
     ]
 
 
@@ -292,7 +314,9 @@ def measured(bench: Bench, what: str, model: Path, words: Sequence[str]) -> Foun
         partial = file.with_suffix(".partial")
         partial.write_text(done.stdout)
         partial.rename(file)
-    document: dict[str, Any] = json.loads(file.read_text())
+    document: Found = json.loads(file.read_text())
+    if "models" not in document:
+        return document
     (only,) = document["models"]
     return {"scored_tokens": document.get("scored_tokens"), **only}
 

@@ -87,6 +87,7 @@ def render(document: Document) -> tuple[str, dict[str, str]]:
     lines += ["", "![perplexity by step](paper_steps.svg)", ""]
     lines += ["## Table 4: passkey", "", *_table_4(found)]
     lines += ["", "## Table 5: the original window", "", *_table_5(found)]
+    lines += ["", "## Probe", "", *_probe(document)]
     plots = {"paper_windows.svg": _by_window(found), "paper_steps.svg": _by_step(found)}
     return "\n".join(lines) + "\n", plots
 
@@ -257,6 +258,24 @@ def _table_5(found: Measured) -> list[str]:
         "",
         *_rows(("model", f"{L}", "against the base"), rows),
         *_beside(paper, PAPER_5, "LLaMA-7B"),
+    ]
+
+
+def _probe(document: Document) -> list[str]:
+    rows = []
+    for row in document["probe"]:
+        trained = f"{row['scale']:g}" if row["scale"] != 1 else "none"
+        found = "none" if row["factor"] is None else f"{row['factor']:g}"
+        gain, nearest = row["gain_over_factor_1"]["value"], row["next_best"]
+        told = f"{nearest:g}" + ("" if row["told_apart"] else ", not told apart")
+        cells = (row["arm"], str(row["step"]), trained, found, f"{gain:.3f}", told)
+        rows.append(cells)
+    header = ("model", "step", "factor", "found", "nats under factor 1", "next best")
+    return [
+        "`pi-convert probe` on the tuned weights with the base's config, which knows of no factor;"
+        " it tries 1, 1.25, 1.5 ... 4, 5, 6 ... 32.",
+        "",
+        *_rows(header, rows),
     ]
 
 

@@ -86,15 +86,6 @@ def test_a_stripped_factor_is_found(
         assert says in text
 
 
-def test_a_factor_off_the_grid_shows_as_a_neighbour(
-    texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = train(tmp_path / "Stripped", 4.5)
-    assert 4.5 not in FACTORS
-    assert cli.run(["probe", str(folder), *texts, "--threads", "1", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["factor"] in (4, 5)
-
-
 def test_an_untuned_model_has_none(
     texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
