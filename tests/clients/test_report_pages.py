@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from pi_convert import cli
 from pi_convert.report.html import html_page
 from tests.clients.browser import visit
 from tests.clients.environments import Chromium, chromium
 from tests.pi_convert.report.pages import REPORT
+from tests.tiny import write_tiny
 
 pytestmark = pytest.mark.client
 
@@ -44,12 +46,12 @@ def browser() -> Chromium:
     return chromium()
 
 
-def look(browser: Chromium, folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
+def look(browser: Chromium, page: str, folder: Path, width: int, *, dark: bool) -> dict[str, Any]:
     """What the page says of itself at a width, in light or dark.
 
     In a frame: headless Chromium's own window is never narrower than 500 pixels.
     """
-    page = html_page(REPORT).replace("</body>", f"{PROBE}</body>")
+    page = page.replace("</body>", f"{PROBE}</body>")
     frame = folder / "frame.html"
     frame.write_text(
         f'<!doctype html><meta charset="utf-8"><body><iframe style="border:0;width:{width}px;'
@@ -81,7 +83,7 @@ def contrast(a: str, b: str) -> float:
 def test_a_page_fits_and_can_be_read(
     browser: Chromium, width: int, dark: bool, tmp_path: Path
 ) -> None:
-    seen = look(browser, tmp_path, width, dark=dark)
+    seen = look(browser, html_page(REPORT), tmp_path, width, dark=dark)
     assert seen["width"] == width
     assert seen["content"] <= width  # nothing to scroll sideways
     assert seen["charts"] == 2  # of each drawn twice, the one that fits
@@ -92,3 +94,35 @@ def test_a_page_fits_and_can_be_read(
     assert contrast(seen["text"], seen["background"]) >= 7
     assert len(seen["strokes"]) == 2
     assert all(contrast(stroke, seen["background"]) >= 4.5 for stroke in seen["strokes"])
+
+
+def made(what: str, folder: Path) -> str:
+    """The page that a command writes of a tiny model."""
+    out, text = folder / "report", folder / "text.txt"
+    model = str(write_tiny(folder / "Tiny-Model"))
+    text.write_text("RoPE turns each pair of a query by its position; 12 is a number.\n" * 80)
+    words = ["--threads", "1", "--report", str(out)]
+    more, few = ["--text", str(text)], ["--trials", "2"]
+    other = str(write_tiny(folder / "Other-Model", seed=1))
+    commands = {
+        "perplexity": ["perplexity", model, "--scale", "2", "--contexts", "64,256", *more, *words],
+        "compare": ["compare", model, other, "--context", "128", *more, *words],
+        "passkey": ["passkey", model, "--scale", "8", "--max-context", "900", *few, *words],
+        "finetune": ["finetune", model, "--scale", "2", "--steps", "3", "--batch", "1", *more,
+                     "--eval-every", "1", "--out", str(folder / "tuned")],
+    }  # fmt: skip
+    assert cli.run(commands[what]) == 0
+    page = folder / "tuned" / "run" / "loss.html" if what == "finetune" else out / "report.html"
+    return page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("what", ["perplexity", "compare", "passkey", "finetune"])
+def test_the_pages_of_commands_fit(browser: Chromium, what: str, tmp_path: Path) -> None:
+    page = made(what, tmp_path)
+    for width, dark in ((390, True), (1280, False)):
+        seen = look(browser, page, tmp_path, width, dark=dark)
+        assert seen["content"] <= width
+        assert seen["charts"] >= 1
+        assert seen["spill"] == []
+        assert seen["headline"] < 300
+        assert contrast(seen["text"], seen["background"]) >= 7

@@ -25,11 +25,13 @@ from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
+from pi_convert.commands.verify import command as verify
 from pi_convert.finetune.model import (
     load_model,
     merged_weights,
     next_token_loss,
     require_frequencies,
+    require_saved_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
 from pi_convert.finetune.train import last_checkpoint
@@ -238,12 +240,20 @@ def test_a_batch_that_passes_cannot_share_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_give_the_losses_of_one(plain: Path, text: Path, tmp_path: Path) -> None:
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "29613"]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_give_the_losses_of_one(
+    launcher: list[str], plain: Path, text: Path, tmp_path: Path
+) -> None:
     finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
     done = subprocess.run(
-        [*torchrun, "--master-port", "29611", "-m", "pi_convert", "finetune", *arguments],
+        [sys.executable, "-m", *launcher, "-m", "pi_convert", "finetune", *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -445,6 +455,47 @@ def test_frequencies_of_another_factor_are_refused(whole: Path) -> None:
     other = rope.interpolate(1.0001)
     with pytest.raises(ConvertError, match="frequencies are not those"):
         require_frequencies(model, other, "after loading")
+
+
+def test_a_saved_config_of_another_factor_is_refused(whole: Path, tmp_path: Path) -> None:
+    rope = open_checkpoint(str(whole)).rope
+    model = load_model(whole, rope, Recipe("quick", 2, 64, 1, 1, 1e-5))
+    require_saved_frequencies(whole, model, rope)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 2
+    for key in ("rope_scaling", "rope_parameters"):
+        config[key]["factor"] = 4.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConvertError, match="after saving the model's frequencies are not those"):
+        require_saved_frequencies(tmp_path, model, rope)
+
+
+def test_positions_are_those_of_the_window_whatever_documents_are_in_it(whole: Path) -> None:
+    """EOS stands in the middle; transformers is told every position."""
+    import transformers
+
+    checkpoint = open_checkpoint(str(whole))
+    model = load_model(whole, checkpoint.rope, Recipe("quick", 2, 64, 1, 1, 1e-5)).eval()
+    ids = torch.randint(512, (1, 64), generator=torch.Generator().manual_seed(0))
+    ids[0, 30] = checkpoint.vocabulary.special_ids["eos"]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
+    positions = torch.arange(64)[None]
+    reset = torch.cat([torch.arange(31), torch.arange(33)])[None]
+    with torch.inference_mode():
+        found = model(input_ids=ids)["loss"].item()
+        right = plain(input_ids=ids, labels=ids, position_ids=positions).loss.item()
+        wrong = plain(input_ids=ids, labels=ids, position_ids=reset).loss.item()
+    assert found == pytest.approx(right, rel=1e-5)
+    assert abs(wrong - right) > 1e-3
+
+
+def test_verify_takes_what_export_makes_of_it_with_no_flag(whole: Path, tmp_path: Path) -> None:
+    flags = ["--to", "gguf", "--quantize", "f16", "--out", str(tmp_path)]
+    assert CliRunner().invoke(export, [str(whole), *flags]).exit_code == 0
+    (file,) = tmp_path.glob("*.gguf")
+    proven = CliRunner().invoke(verify, [str(file), "--against", str(whole), "--threads", "1"])
+    assert proven.exit_code == 0, proven.output
+    assert "PROVEN" in proven.output
 
 
 ROPE = RopeParameters(10000.0, 64, original_context=2048, context=8192, factor=4.0)
