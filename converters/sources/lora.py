@@ -192,6 +192,12 @@ def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HPa
 
 
 def _target(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
+    if name not in tensors and name == HEAD:
+        raise TensorError(
+            f"{folder}: the adapter has its own {name}, and the base's is its embedding (tied)",
+            hint="Merge it with PEFT, set tie_word_embeddings to false in the result's config.json,"
+            " and give that folder.",
+        )
     if name not in tensors:
         raise TensorError(
             f"{folder}: the adapter changes {name}, which the base does not have",

@@ -79,6 +79,15 @@ def test_a_factor_is_neither_guessed_nor_multiplied(
     assert "on an adapter that records factor 4 would make 16" in capfd.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+def test_a_head_of_its_own_on_a_tied_base_is_named(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", tied=True)
+    adapter(base, tmp_path / "tuned", modules_to_save=["lm_head", "embed_tokens"])
+    with pytest.raises(TensorError, match=r"its embedding \(tied\)") as raised:
+        open_checkpoint(str(tmp_path / "tuned"))
+    assert "tie_word_embeddings to false" in raised.value.hint
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_types_are_rounded_once(tmp_path: Path, dtype: str) -> None:
     base = write_tiny(tmp_path / "base", dtype=dtype)
