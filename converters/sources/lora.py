@@ -195,8 +195,7 @@ def _target(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
     if name not in tensors and name == HEAD:
         raise TensorError(
             f"{folder}: the adapter has its own {name}, and the base's is its embedding (tied)",
-            hint="Merge it with PEFT, set tie_word_embeddings to false in the result's config.json,"
-            " and give that folder.",
+            hint="Merge it with PEFT, which unties them, and give the folder that it saves.",
         )
     if name not in tensors:
         raise TensorError(
