@@ -15,7 +15,7 @@ from pi_convert.report.document import Line, LineChart, Point
 
 Document = dict[str, Any]
 WINDOWS = L, 2 * L, 4 * L, 8 * L
-SAME_WINDOW = 0.03  # of the original window's perplexity: what the claim allows
+SAME_WINDOW = 0.03  # of the original window's loss: what the claim allows
 
 # arXiv 2306.15595, LLaMA-7B; L is 2,048.
 PAPER_1 = (
@@ -120,7 +120,7 @@ def claims(found: Measured) -> list[str]:
     growth = found.growth[pi, last][far]["nll_change"]
     factors = [arm for arm in ("PI x2", "PI x4", pi) if (arm, 0) in found.perplexity]
     reach = {arm: found.passkey[arm, found.recovered(arm)]["k_max"] for arm in ("direct", *factors)}
-    worst = max(long[L].value / base[L].value, tuned[L].value / base[L].value) - 1
+    losses = [_loss(at[L], base[L]) for at in (tuned, long)]
     flat = untuned[far].value / untuned[L].value
     recovered = {
         arm: found.perplexity[arm, found.recovered(arm)][int(arm[4:]) * L] for arm in factors
@@ -150,10 +150,12 @@ def claims(found: Measured) -> list[str]:
             f"{pi} at step {last}, from L to 8 L: {_change(growth)}",
         ),
         _claim(
-            "The original window keeps its perplexity within 3 %",
-            worst <= SAME_WINDOW,
-            f"{pi} has {tuned[L]} at step {short} and {long[L]} at step {last}, the base"
-            f" {base[L]}; trained on without extension {control[L]}",
+            "The original window keeps its loss within 3 %",
+            max(losses) <= SAME_WINDOW,
+            f"against the base's, {pi} has {losses[0]:+.1%} at step {short} and {losses[1]:+.1%} at"
+            f" step {last}; against the base trained on with as many tokens"
+            f" {_loss(tuned[L], found.perplexity['trained on', short][L]):+.1%} and"
+            f" {_loss(long[L], control[L]):+.1%}",
         ),
         _claim(
             "It is not the further training",
@@ -163,8 +165,10 @@ def claims(found: Measured) -> list[str]:
         ),
         _claim(
             f"Direct fine-tuning reaches less far in {short} steps (passkey)",
-            reach["direct"] < reach[pi],
-            "k_max " + ", ".join(f"{arm} {k:,}" for arm, k in reach.items()),
+            reach["direct"] < reach[pi] if any(reach.values()) else None,
+            "k_max "
+            + ", ".join(f"{arm} {k:,}" for arm, k in reach.items())
+            + f"; at L the base finds {_found_of(found.passkey['base', 0])}",
         ),
         _claim(
             f"Direct fine-tuning is worse at 8 L after {short} steps (perplexity)",
@@ -174,8 +178,15 @@ def claims(found: Measured) -> list[str]:
     ]
 
 
-def _claim(what: str, holds: bool, numbers: str) -> str:
-    return f"- **{what}: {'shown' if holds else 'refuted'}**: {numbers}."
+def _claim(what: str, holds: bool | None, numbers: str) -> str:
+    """None: these runs cannot tell."""
+    found = "cannot be told" if holds is None else "shown" if holds else "refuted"
+    return f"- **{what}: {found}**: {numbers}."
+
+
+def _loss(at: At, other: At) -> float:
+    """The change of loss, as a share."""
+    return math.log(at.value) / math.log(other.value) - 1
 
 
 def _change(mean: Document) -> str:
@@ -229,11 +240,9 @@ def _table_3(found: Measured) -> list[str]:
 def _table_4(found: Measured) -> list[str]:
     rows = []
     for (arm, step), row in found.passkey.items():
-        right = sum(depth["found"] for depth in row["depths"])
-        asked = sum(depth["trials"] for depth in row["depths"])
         low, high = row["k_max_bounds"]
         k_max = f"{row['k_max']:,} ({low:,} to {high:,})"
-        rows.append((arm, str(step), f"{row['window']:,}", k_max, f"{right} of {asked}"))
+        rows.append((arm, str(step), f"{row['window']:,}", k_max, _found_of(row)))
     return [
         "k_max with what the Wilson intervals allow, and how many passkeys were found in all.",
         "",
@@ -242,6 +251,11 @@ def _table_4(found: Measured) -> list[str]:
         "The paper's, at 200 steps: PI reaches its window at every factor; direct fine-tuning to"
         " 8,192 reaches 1,792 (and 2,560 after 10,000 steps).",
     ]
+
+
+def _found_of(row: Document) -> str:
+    right, asked = (sum(depth[key] for depth in row["depths"]) for key in ("found", "trials"))
+    return f"{right} of {asked}"
 
 
 def _table_5(found: Measured) -> list[str]:
