@@ -86,7 +86,9 @@ def _conclusion(report: ProbeReport) -> list[str]:
     else:
         lines = [
             f"Factor {factor_text(found.factor)} stands out:"
-            f" {_nats(found.gain)} below factor 1{_next(found)}."
+            f" {_nats(found.gain)} below factor 1{_next(found)}.",
+            "Weights that were tuned briefly show as somewhat less than their factor: the usual one at"
+            " or above it is likely.",
         ]
     if report.stated != 1.0 and not found.told:
         lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")
@@ -95,8 +97,8 @@ def _conclusion(report: ProbeReport) -> list[str]:
         lines.append(f"The config, with factor {factor_text(report.stated)}, {verb}.")
     elif found.factor is not None:
         lines.append(
-            f"The config states none: export it with --scale {factor_text(found.factor)}, after"
-            " looking where it came from."
+            "The config states none: look where it came from, confirm the factor with `pi-convert"
+            " perplexity --scale S` at the length that it was tuned for, and export with that."
         )
     return lines
 
