@@ -87,8 +87,8 @@ def _conclusion(report: ProbeReport) -> list[str]:
         lines = [
             f"Factor {factor_text(found.factor)} stands out:"
             f" {_nats(found.gain)} below factor 1{_next(found)}.",
-            "Weights that were tuned briefly show as somewhat less than their factor: the usual one at"
-            " or above it is likely.",
+            "Weights that were tuned briefly show as somewhat less than their factor: the usual one"
+            " at or above it is likely.",
         ]
     if report.stated != 1.0 and not found.told:
         lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")
