@@ -36,7 +36,7 @@ def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
         except OSError as error:
             raise SourceError(
                 f"{path}: {error.strerror}",
-                hint="Expected a UTF-8 text file; those of a folder are given one by one.",
+                hint="Check the path: expected a UTF-8 text file; several are given one by one.",
             ) from error
         except UnicodeDecodeError as error:
             raise SourceError(
