@@ -209,6 +209,8 @@ def test_the_command_measures_them_on_equal_tokens(
         (["--contexts", "64", "--stride", "64"], 2, "--stride 64 is not below"),
         (["--contexts", "128", "--stride", "8", "--text", "SHORT"], 1, "longest text has"),
         (["--contexts", "128", "--stride", "8", "--text", "BINARY"], 1, "is no UTF-8 text"),
+        (["--contexts", "128", "--stride", "8", "--text", "NUL"], 1, "is a binary file"),
+        (["--contexts", "128", "--stride", "8", "--text", "T.jsonl"], 1, "is a table"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(
@@ -221,7 +223,9 @@ def test_what_cannot_be_measured_is_one_clear_error(
 ) -> None:
     (tmp_path / "SHORT").write_text(WORDS)
     (tmp_path / "BINARY").write_bytes(bytes(range(256)))
-    words = [str(tmp_path / w) if w in ("SHORT", "BINARY") else w for w in words]
+    (tmp_path / "NUL").write_bytes(b"a\0b")
+    (tmp_path / "T.jsonl").write_text('{"text": "a"}')
+    words = [str(tmp_path / w) if (tmp_path / w).is_file() else w for w in words]
     assert cli.run(["perplexity", str(folder), *words]) == code
     printed = capfd.readouterr()
     assert says in printed.err
