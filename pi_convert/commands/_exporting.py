@@ -51,24 +51,12 @@ def require_export(source: Checkpoint, scale: float, options: ExportOptions) -> 
 
     A tuned model's weights are not quantized, whatever the source's are.
     """
-    from converters.ggml import load_quantizer
     from converters.targets.gguf.plan import DEFAULT_QUANTIZE
-    from pi_convert.report.export import ExportReport
 
-    load_quantizer(options.quantizer)
     options = replace(
         options, quantize=options.quantize or (DEFAULT_QUANTIZE,), allow_requantize=True
     )
-    checkpoint = source.interpolate(scale)
-    report = ExportReport(
-        source,
-        checkpoint,
-        scale,
-        plans=_plans(checkpoint, options),
-        onnx_plans=_onnx_plans(checkpoint, options),
-        out=options.out,
-        folder=_folder(options, checkpoint),
-    )
+    report = _planned(source, scale, options)
     for obstacle in _obstacles(_targets(report, options), options):
         raise obstacle
     _preflight(report, options)
@@ -77,24 +65,10 @@ def require_export(source: Checkpoint, scale: float, options: ExportOptions) -> 
 def run_export(source: Checkpoint, scale: float, options: ExportOptions, started: float) -> int:
     """Plans, writes, proves and reports; the exit code."""
     from converters.errors import ConvertError
-    from converters.ggml import load_quantizer
-    from pi_convert.audit.stripped import lost_scaling
     from pi_convert.report.console import emit, emit_json, progress
-    from pi_convert.report.export import ExportReport, dry_run_text, export_json, header_text
+    from pi_convert.report.export import dry_run_text, export_json, header_text
 
-    checkpoint = source.interpolate(scale)
-    load_quantizer(options.quantizer)  # one that cannot be had is said before any work
-    lost = lost_scaling(source)
-    report = ExportReport(
-        source,
-        checkpoint,
-        scale,
-        plans=_plans(checkpoint, options),
-        onnx_plans=_onnx_plans(checkpoint, options),
-        out=options.out,
-        folder=_folder(options, checkpoint),
-        notices=(lost,) if lost else (),
-    )
+    report = _planned(source, scale, options)
     targets = _targets(report, options)
     obstacles = _obstacles(targets, options)
     try:
@@ -115,6 +89,27 @@ def run_export(source: Checkpoint, scale: float, options: ExportOptions, started
     with progress() as tell:
         report = _write(report, targets, options, tell)
     return _finish(replace(report, seconds=time.monotonic() - started), options)
+
+
+def _planned(source: Checkpoint, scale: float, options: ExportOptions) -> ExportReport:
+    """What would be written of ``source``; raises ``ConvertError`` where that cannot be."""
+    from converters.ggml import load_quantizer
+    from pi_convert.audit.stripped import lost_scaling
+    from pi_convert.report.export import ExportReport
+
+    checkpoint = source.interpolate(scale)
+    load_quantizer(options.quantizer)  # one that cannot be had is said before any work
+    lost = lost_scaling(source)
+    return ExportReport(
+        source,
+        checkpoint,
+        scale,
+        plans=_plans(checkpoint, options),
+        onnx_plans=_onnx_plans(checkpoint, options),
+        out=options.out,
+        folder=_folder(options, checkpoint),
+        notices=(lost,) if lost else (),
+    )
 
 
 def _plans(checkpoint: Checkpoint, options: ExportOptions) -> tuple[GgufPlan, ...]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pi_convert.report.compare import CompareReport
 
 PROTOCOLS = ("documents", "llama.cpp")
-_DEFAULT_CONTEXT = 1024
+_DEFAULT_CONTEXT, _DEFAULT_DOCUMENTS = 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,6 @@ class Asked:
 @click.option(
     "--documents",
     type=click.IntRange(min=0),
-    default=8,
     metavar="N",
     help="Documents, spread evenly over the texts; 0: every one. Default: 8.",
 )
@@ -73,7 +72,6 @@ class Asked:
 @click.option(
     "--max-windows",
     type=click.IntRange(min=0),
-    default=0,
     metavar="N",
     help="Windows of --protocol llama.cpp, the first N; 0 (default): every one.",
 )
@@ -95,9 +93,9 @@ def command(
     a: str,
     b: str,
     context: int | None,
-    documents: int,
+    documents: int | None,
     protocol: str,
-    max_windows: int,
+    max_windows: int | None,
     texts: tuple[Path, ...],
     extrapolate: bool,
     scale: float | None,
@@ -122,8 +120,10 @@ def command(
       pi-convert compare model.gguf model.gguf --runtime-b pytorch --context 4096
       pi-convert compare f16.gguf q4_k_m.gguf --protocol llama.cpp --context 512 --text wiki.raw
     """
-    if max_windows and protocol != "llama.cpp":
+    if max_windows is not None and protocol != "llama.cpp":
         raise click.UsageError("--max-windows is of --protocol llama.cpp; else give --documents.")
+    if documents is not None and protocol == "llama.cpp":
+        raise click.UsageError("--protocol llama.cpp takes --max-windows in place of --documents.")
     from pi_convert.commands._models import Opening, open_models, require_contexts
     from pi_convert.report.compare import compare_text
     from pi_convert.report.compare_page import compare_page
@@ -140,7 +140,8 @@ def command(
     if context is None:
         context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
     require_contexts(models, context, extrapolate=extrapolate)
-    asked = Asked(context, documents, protocol, max_windows)
+    count = _DEFAULT_DOCUMENTS if documents is None else documents
+    asked = Asked(context, count, protocol, max_windows or 0)
     found = _compare(models, read_texts(texts), asked, run)
     if as_json:
         emit_json(found.to_json())

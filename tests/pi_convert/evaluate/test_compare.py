@@ -190,3 +190,5 @@ def test_llama_perplexitys_protocol_scores_the_second_half_of_every_window(
     assert found["kl"]["value"] == 0
     assert cli.run(["compare", *words[:2], "--max-windows", "2"]) == 2
     assert "--protocol llama.cpp" in capfd.readouterr().err
+    assert cli.run(["compare", *words[:2], "--protocol", "llama.cpp", "--documents", "2"]) == 2
+    assert "--max-windows in place" in capfd.readouterr().err
