@@ -143,12 +143,12 @@ def require_libraries(device: str = "cpu") -> None:
 
 
 def _about_source(source: Checkpoint, tell: Tell) -> dict[str, object]:
-    """Which weights are trained: a run is not gone on with from others."""
+    """Which weights are trained, wherever they lie: a run is not gone on with from others."""
     hashes = {}
     for done, (name, tensor) in enumerate(source.tensors.items(), start=1):
         hashes[name] = tensor_hash(tensor)
         tell("hashing the source", done, len(source.tensors))
-    return {"name": source.origin.label, "sha256": content_hash(source.tensors, hashes)}
+    return {"sha256": content_hash(source.tensors, hashes)}
 
 
 def _about(files: Sequence[Path]) -> dict[str, object]:
