@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, TrainingError
+from converters.errors import ConvertError, OutputError
 from converters.rope import RopeParameters
 from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
@@ -35,46 +33,16 @@ from pi_convert.finetune.model import (
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
 from pi_convert.finetune.train import last_checkpoint
-from pi_convert.report import runlines
 from pi_convert.report.finetune import LossPlot, write_loss_plot
-from tests.pi_convert.finetune.conftest import SMALL
-from tests.tiny import write_tiny
-
-# The step's arithmetic is the same; gloo's sum of gradients rounds in another order.
-PROCESSES_AGREE = 1e-5
-# Bit for bit the same only with as many threads; on so small a model one is the fastest.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def words(model: Path, text: Path, out: Path, *more: str, steps: int = 3) -> list[str]:
-    flags = {"--scale": 2, "--text": text, "--steps": steps, "--batch": 2, "--out": out}
-    return [str(model), *(str(w) for flag in flags.items() for w in flag), *more]
-
-
-def finetuned(model: Path, text: Path, out: Path, *more: str, steps: int = 3) -> str:
-    result = CliRunner().invoke(command, words(model, text, out, *more, steps=steps))
-    if isinstance(result.exception, Exception):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stderr
-
-
-def process(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pi_convert", "finetune", *arguments]
-
-
-def log_of(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "run" / "trainer_log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def weights(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
+from tests.pi_convert.finetune.runs import (
+    ENVIRONMENT,
+    PROCESSES_AGREE,
+    finetuned,
+    log_of,
+    process,
+    weights,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -187,19 +155,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert weights(out) == weights(whole)
 
 
-@pytest.fixture
-def plain(model: Path, tmp_path: Path) -> Path:
-    """``model`` without dropout, which draws anew in each process and pass."""
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    for path in model.iterdir():
-        content = path.read_bytes()
-        if path.name == "config.json":
-            content = json.dumps({**json.loads(content), "attention_dropout": 0.0}).encode()
-        (folder / path.name).write_bytes(content)
-    return folder
-
-
 def test_windows_at_once_and_kept_activations_change_no_loss(
     plain: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -229,15 +184,6 @@ def test_activations_are_recomputed_unless_asked_otherwise(
     assert len(layers) == 2 * 2  # layers x windows
     finetuned(model, text, tmp_path / "recomputed", "--eval-every", "0", steps=1)
     assert len(layers) == 2 * 2 + 2 * 2 * 2
-
-
-def test_a_batch_that_passes_cannot_share_is_refused(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConvertError, match=r"2 windows .* a process with 3 at once") as refused:
-        finetuned(model, text, tmp_path / "out", "--micro-batch", "3")
-    assert refused.value.hint == "Give --batch as a multiple of 3."
-    assert not (tmp_path / "out").exists()
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
@@ -276,110 +222,6 @@ def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(mod
         check=False,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_a_bad_loss_stops_with_the_last_good_checkpoint_kept(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, checkpoints = tmp_path / "out", tmp_path / "out" / "run" / "checkpoints"
-    # The third step throws the weights far off; the loss of the fourth tells.
-    with monkeypatch.context() as patched:
-        patched.setattr(Recipe, "rate_share", lambda _, step: 1e36 if step == 2 else 1.0)
-        with pytest.raises(TrainingError, match=r"the loss became .* in step 4") as raised:
-            finetuned(model, text, out, "--save-every", "1", steps=6)
-    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    assert "checkpoint-2 has the last good weights" in raised.value.hint
-    assert (out / "run" / "loss.html").is_file()
-    assert not (out / "config.json").exists()
-    kept = load_file(checkpoints / "checkpoint-2" / "model.safetensors")
-    assert max(float(value.abs().max()) for value in kept.values()) < 100
-
-
-def test_the_first_checkpoint_is_none_that_is_good_where_its_loss_is_bad(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(TrainingError, match="the loss became") as raised:
-        finetuned(model, text, out, "--learning-rate", "1e37", "--save-every", "1", steps=6)
-    assert "No checkpoint is from before it" in raised.value.hint
-    assert last_checkpoint(out / "run" / "checkpoints") is None
-
-
-def test_adapters_are_drawn_by_the_seed(model: Path, text: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        torch.manual_seed(torch.seed())
-        lora = ("--preset", "lora", "--learning-rate", "1e-2", "--seed", seed)
-        finetuned(model, text, tmp_path / name, *lora)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    assert weights(tmp_path / "a") != weights(tmp_path / "c")
-
-
-def test_a_run_of_other_weights_is_not_gone_on_with(
-    model: Path, plain: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    with monkeypatch.context() as patched:
-        patched.setattr(Recipe, "rate_share", lambda _, step: 1e36 if step == 2 else 1.0)
-        with pytest.raises(TrainingError):
-            finetuned(model, text, out, "--save-every", "1", steps=6)
-    write_tiny(other, shape=SMALL, seed=1)
-    with pytest.raises(OutputError, match="with other settings: source"):
-        finetuned(other, text, out, "--save-every", "1", "--resume", steps=6)
-
-
-def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    out, short = tmp_path / "out", tmp_path / "short.txt"
-    short.write_text("Too short.")
-    with pytest.raises(ConvertError, match="fewer than one window"):
-        finetuned(model, short, out)
-    assert not out.exists()
-    out.mkdir()
-    with pytest.raises(ConvertError, match="fewer than one window"):
-        finetuned(model, short, out)
-    assert list(out.iterdir()) == []
-    finetuned(model, text, out, steps=1)
-
-
-def test_what_it_will_take_is_told_before_the_first_step(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    said = finetuned(model, text, tmp_path / "a").splitlines()
-    estimate, first = (
-        next(i for i, line in enumerate(said) if line.startswith(start))
-        for start in ("estimate: ", "step 1 of 3")
-    )
-    assert estimate < first
-    assert " for 3 steps, " in said[estimate]
-    assert not any("none is held out" in line for line in said)
-    short = tmp_path / "short.txt"
-    short.write_text("A few windows of words. " * 20)
-    said = finetuned(model, short, tmp_path / "b").splitlines()
-    assert any(line.startswith("fewer than 10 windows of text: none is held out") for line in said)
-
-
-def test_a_device_and_memory_that_are_not_there_are_said_before_work(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(EnvironmentNotReadyError, match="no CUDA device"):
-            finetuned(model, text, tmp_path / "out", "--device", "cuda")
-    monkeypatch.setattr(runlines, "available_memory_bytes", lambda: 1 << 20)
-    with pytest.raises(EnvironmentNotReadyError, match=r"needs more than 1\.\d MiB of memory"):
-        finetuned(model, text, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_export_refuses_its_output_before_it_trains(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    flags = ["--to", "gguf", "--scale", "2", "--quantize", "f16", "--out", str(tmp_path)]
-    assert CliRunner().invoke(export, [str(model), *flags]).exit_code == 0
-    tuned = [str(model), *flags, "--finetune", str(text), "--steps", "2"]
-    refused = CliRunner().invoke(export, tuned)
-    assert isinstance(refused.exception, OutputError)
-    assert not list(tmp_path.glob("*-finetuned"))
 
 
 def test_lora_trains_adapters_norms_and_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
