@@ -177,7 +177,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     from pi_convert.report.console import progress
 
     require_libraries(flags["device"])
-    from pi_convert.finetune.train import Passes, Schedule
+    from pi_convert.finetune.train import Passes, Schedule, Told
 
     target = source.interpolate(scale)
     names = ("steps", "window", "global_batch", "learning_rate", "seed", "allow_short_window")
@@ -202,7 +202,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     teller, started = _Teller(), time.monotonic()
     try:
         with progress() as tell:
-            return finetune(request, teller, tell, _Estimated(request.schedule))
+            return finetune(request, teller, tell, Told(_Estimated(request.schedule), _stopping))
     finally:  # a run that ends in an error or at a second Ctrl-C has its losses too
         if teller.first is not None:
             _draw(request, teller.first, time.monotonic() - started)
@@ -292,6 +292,12 @@ class _Teller:
         if report.perplexity_past is not None:
             line += f", {report.perplexity_past:.2f} past it"
         click.echo(line, err=True)
+
+
+def _stopping() -> None:
+    click.echo(
+        "the step goes on to its end, then it is saved; Ctrl-C again stops at once", err=True
+    )
 
 
 @dataclass(frozen=True, slots=True)

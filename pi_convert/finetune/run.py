@@ -31,7 +31,7 @@ from pi_convert.finetune.documents import documents, fingerprint, text_files
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
-    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, TellEstimate
+    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, Told
 
 RUN = "run"
 _RECIPE = "recipe.json"
@@ -70,7 +70,7 @@ def finetune(
     request: FinetuneRequest,
     report: Report,
     tell: Tell = silent,
-    estimate: TellEstimate = lambda _: None,
+    told: Told | None = None,
 ) -> Finetuned:
     """Trains, and writes the folder; or stops at a Ctrl-C with a checkpoint to resume from.
 
@@ -102,7 +102,8 @@ def finetune(
         rope.original_context,
         request.schedule,
         run / train.LOG_NAME,
-        (report, estimate),
+        report,
+        told or train.Told(),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
     checkpoint = train.last_checkpoint(run / "checkpoints") if request.resume else None

@@ -84,7 +84,14 @@ class Estimate:
 
 
 Report = Callable[[StepReport], None]
-TellEstimate = Callable[[Estimate], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is told beside the steps."""
+
+    estimate: Callable[[Estimate], None] = lambda _: None
+    stopping: Callable[[], None] = lambda: None  # at a Ctrl-C, while the step goes on to its end
 
 
 def training_arguments(
@@ -208,11 +215,12 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         original_context: int,
         schedule: Schedule,
         log: Path,
-        tell: tuple[Report, TellEstimate],
+        tell: Report,
+        told: Told,
     ) -> None:
         self._recipe, self._original_context = recipe, original_context
         self._schedule, self._log = schedule, log
-        self._tell, self._tell_estimate = tell
+        self._tell, self.told = tell, told
         self._held_out: torch.Tensor | None = None
         self._model: Any = None
         self._started = self._evaluated = 0.0
@@ -231,7 +239,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero or passes < 2:
             return
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        self._tell_estimate(
+        self.told.estimate(
             Estimate(
                 seconds=seconds * passes,
                 steps=steps,
@@ -353,7 +361,7 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
     is removed, so that the last one is good.
     """
     try:
-        with _stopping_at_ctrl_c(progress.stop):
+        with _stopping_at_ctrl_c(progress):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except TrainingError as error:
         folder = Path(trainer.args.output_dir)
@@ -400,7 +408,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 @contextmanager
-def _stopping_at_ctrl_c(stop: threading.Event) -> Iterator[None]:
+def _stopping_at_ctrl_c(progress: Progress) -> Iterator[None]:
     """The first Ctrl-C lets the step end; a second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -408,8 +416,9 @@ def _stopping_at_ctrl_c(stop: threading.Event) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: object) -> None:
-        stop.set()
+        progress.stop.set()
         signal.signal(signal.SIGINT, before)
+        progress.told.stopping()
 
     signal.signal(signal.SIGINT, ask)
     try:

@@ -149,6 +149,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
                 break
         said = running.stderr.read()
         assert running.wait() == 130, said
+    assert "the step goes on to its end" in said
     assert "--resume" in said
     assert "Stopped; the same command" in (out / "run" / "loss.html").read_text()
     finetuned(model, text, out, *more, "--resume", steps=8)
