@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -130,6 +132,8 @@ class _Loaded:
             settings.add_initializer(name, value)
             replaced.append(value)
         provider = _PROVIDERS[options.device]
+        if options.device == "cuda":
+            _load_cuda(runtime)
         try:
             session = runtime.InferenceSession(os.fspath(path), settings, providers=[provider])
         except Exception as error:  # its exceptions share no base class but Exception
@@ -247,6 +251,12 @@ def import_runtime() -> Any:
             "onnxruntime is not installed", hint=install_line("onnx")
         ) from None
     return onnxruntime
+
+
+def _load_cuda(runtime: Any) -> None:
+    """CUDA's libraries where pip's nvidia packages have them; elsewhere the loader looks itself."""
+    with contextlib.redirect_stdout(io.StringIO()):  # what it misses; the session tells
+        runtime.preload_dlls()
 
 
 def require_onnx() -> None:
