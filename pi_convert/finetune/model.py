@@ -7,7 +7,8 @@ the interpolated folder is written first, loaded, and its frequencies are held a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,29 @@ def next_token_loss(
     """Mean cross entropy of (tokens, hidden) states; logits are made of 512 tokens at a time."""
     # Without options the function falls back to making all logits.
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_LOGITS_TOKENS)
-    return functional.linear_cross_entropy(states, weight, targets, options=options)
+    with torch.autocast(states.device.type, enabled=False), _tf32(states.device):
+        return functional.linear_cross_entropy(
+            states.float(), weight.float(), targets, options=options
+        )
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 in TF32 on a GPU, for as long as the loss takes.
+
+    In bfloat16 the function sums its chunks' losses in bfloat16 (torch 2.13): with 32 chunks the
+    mean is 0.2 nats off. Never for the whole run: transformers' rotary modules multiply positions
+    with frequencies by a matrix product, and TF32 keeps 11 bits of a position.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _add_adapters(model: Any, recipe: Recipe) -> None:

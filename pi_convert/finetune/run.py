@@ -111,6 +111,7 @@ def finetune(
     require_frequencies(model, rope, "after training")
     if outcome.finished:
         _write(request, trainer, model, record, is_main=is_main)
+    train.leave_together(arguments)
     return Finetuned(outcome, request.out, record)
 
 

@@ -42,7 +42,7 @@ class StepReport:
     seconds_left: float
     perplexity_below: float | None = None  # of held-out tokens at positions below L
     perplexity_past: float | None = None
-    peak_bytes: int = 0
+    peak_bytes: int = 0  # of the GPU's memory, or of the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +300,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": report.tokens_per_second,
             "perplexity_below": report.perplexity_below,
             "perplexity_past": report.perplexity_past,
+            "peak_bytes": report.peak_bytes,
         }
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -371,6 +372,16 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
         raise TrainingError(error.message, hint=f"{kept} {error.hint}") from error
     step: int = trainer.state.global_step
     return Outcome(finished=step >= trainer.args.max_steps, step=step)
+
+
+def leave_together(arguments: Any) -> None:
+    """No process of ``torchrun`` ends before the one that writes, nor with the group open.
+
+    One that did would now and then abort in gloo's threads, and torchrun would then end them all.
+    """
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 class _Wrapped:

@@ -291,6 +291,44 @@ def test_the_loss_makes_no_tensor_of_tokens_by_vocabulary() -> None:
     assert max(sizes) >= tokens * vocabulary
 
 
+def many_states() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(states, weight, targets) of 32 chunks of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(32 * 512, 32, generator=generator)
+    weight = torch.randn(1024, 32, generator=generator)
+    return states, weight, torch.randint(1024, (len(states),), generator=generator)
+
+
+def test_the_loss_in_bfloat16_training_is_of_float32() -> None:
+    """The control: in bfloat16 torch sums the chunks' losses in bfloat16."""
+    states, weight, targets = many_states()
+    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = next_token_loss(states, weight, targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    rounded = torch.nn.functional.linear_cross_entropy(
+        states.bfloat16(),
+        weight.bfloat16(),
+        targets,
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512),
+    )
+    assert rounded.item() != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_loss_on_a_gpu_is_that_of_the_cpu_and_leaves_float32_as_it_was() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    states, weight, targets = many_states()
+    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets).item()
+    before = torch.backends.cuda.matmul.fp32_precision
+    with torch.autocast("cuda", torch.bfloat16):
+        found = next_token_loss(states.cuda(), weight.cuda(), targets.cuda())
+    assert found.item() == pytest.approx(expected, rel=1e-3)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
 def test_frequencies_of_another_factor_are_refused(whole: Path) -> None:
     rope = open_checkpoint(str(whole)).rope
     recipe = Recipe("quick", 2, 64, 1, 1, 1e-5)
