@@ -1,7 +1,8 @@
 """A plain fine-tuning script on transformers' Trainer: one window of a text, again and again.
 
-usage: python benchmarks/peer_trainer.py MODEL TEXT WINDOW STEPS BATCH OUT
-float32, SDPA attention and gradient checkpointing; the loss is the model's own.
+usage: python benchmarks/peer_trainer.py MODEL TEXT WINDOW STEPS BATCH OUT DEVICE
+float32 weights, bfloat16 over them on cuda, SDPA attention and gradient checkpointing; the loss is
+the model's own. Its last line is the peak of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Told(TrainerCallback):
             print(f"step {state.global_step}: loss {logs['loss']:.4f}", flush=True)
 
 
-def main(model: str, text: str, window: str, steps: str, batch: str, out: str) -> None:
+def main(words: list[str]) -> None:
+    model, text, window, steps, batch, out, device = words
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer(Path(text).read_text())["input_ids"][: int(window)]
     if len(tokens) < int(window):
@@ -44,7 +46,8 @@ def main(model: str, text: str, window: str, steps: str, batch: str, out: str) -
         lr_scheduler_type="constant",
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
         dataloader_pin_memory=False,
         logging_steps=1,
         save_strategy="no",
@@ -59,7 +62,9 @@ def main(model: str, text: str, window: str, steps: str, batch: str, out: str) -
     trainer = Trainer(loaded, arguments, train_dataset=windows, callbacks=[Told()])
     trainer.train()
     trainer.save_model(out)
+    if device == "cuda":
+        print(f"peak {torch.cuda.max_memory_allocated()} bytes")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

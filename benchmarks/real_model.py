@@ -3,9 +3,9 @@
 usage: python benchmarks/real_model.py [--device cuda] [--quick]
 The default model at scale 2 on State of the Union speeches, on a CPU at windows of 10,240 tokens;
 `--device cuda` takes it from 8,192 to 65,536 by the same way. Perplexities are of speeches that it
-was not tuned on, of the base, the interpolated model without a step, and the tuned one, as GGUF
-q8_0. Stages are kept under .cache/real-model, and the tuning goes on where it was stopped. --quick
-takes one step on a short window and keeps nothing.
+was not tuned on, of the base, the interpolated model without a step, and the tuned one: as GGUF
+q8_0 in llama.cpp, on cuda as folders in torch. Stages are kept under .cache/real-model, and the
+tuning goes on where it was stopped. --quick takes one step on a short window and keeps nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import llama_cpp
+import torch
 
 from benchmarks.export_gguf import PI_CONVERT
 from benchmarks.measure import RESULTS, environment
@@ -45,12 +48,17 @@ class Plan:
     contexts: tuple[int, ...]  # the last ones past L = 8,192
     stride: int
     windows: int
-    preset: str = "quick"  # of verify
+    joined: bool = False  # no speech is as long as the longest context
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda"
 
 
 CPU = Plan("cpu", 2, 10_240, 12, 1, 3e-4, (4096, 8192, 10_240), 1024, 4)
-CUDA = Plan("cuda", 8, 65_536, 200, 8, 1e-4, (4096, 8192, 16_384, 32_768), 1024, 7)
+CUDA = Plan("cuda", 8, 65_536, 40, 4, 2e-4, (4096, 8192, 16_384, 32_768, 65_536), 1024, 14, True)
 QUICK = Plan("cpu", 2, 256, 1, 1, 1e-4, (128, 256), 32, 2)
+GGUF = ["--to", "gguf", "--quantize", "q8_0", "--allow-requantize"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class Bench:
 
     def gguf(self, name: str) -> Path:
         return next((self.folder / name).glob("*Q8_0.gguf"))
+
+    def exported(self, name: str) -> Path:
+        """The one folder that an export wrote."""
+        return next(path for path in (self.folder / name).iterdir() if path.is_dir())
 
 
 def main() -> None:
@@ -88,18 +100,20 @@ def run(bench: Bench) -> dict[str, Any]:
     plan, model = bench.plan, str(default_model_path())
     bench.folder.mkdir(parents=True, exist_ok=True)
     tune(bench, model)
-    once(bench.folder / "base", ["export", model, *to("gguf", "q8_0"), "--scale", "1"])
-    once(bench.folder / "untuned", ["export", model, *to("gguf", "q8_0"), "--scale",
-                                    str(plan.scale)])  # fmt: skip
-    once(bench.folder / "tuned-gguf", ["export", str(bench.tuned), *to("gguf", "q8_0")])
+    form = ["--to", "safetensors"] if plan.on_cuda else GGUF
+    once(bench.folder / "base", ["export", model, *form, "--scale", "1"])
+    once(bench.folder / "untuned", ["export", model, *form, "--scale", str(plan.scale)])
+    once(bench.folder / "tuned-gguf", ["export", str(bench.tuned), *GGUF])
     once(bench.folder / "tuned-onnx", ["export", str(bench.tuned), "--to", "onnx", "--precision",
                                        "int8"])  # fmt: skip
-    onnx = next(p for p in (bench.folder / "tuned-onnx").iterdir() if p.is_dir())
-    checked = ["--against", str(bench.tuned), "--preset", plan.preset, "--json"]
+    onnx = bench.exported("tuned-onnx")
+    offloads = plan.on_cuda and llama_cpp.llama_supports_gpu_offload()
+    checked = ["--against", str(bench.tuned), "--json", "--device"]
     record = json.loads((bench.tuned / "pi_convert_finetune.json").read_text())
     log = (bench.tuned / "run" / "trainer_log.jsonl").read_text().splitlines()
     return {
-        "environment": environment(),
+        "environment": environment()
+        | ({"gpu": torch.cuda.get_device_name()} if plan.on_cuda else {}),
         "plan": {field: getattr(plan, field) for field in Plan.__dataclass_fields__},
         "record": record,
         "tokens_by_position": position_buckets(
@@ -108,8 +122,9 @@ def run(bench: Bench) -> dict[str, Any]:
         "losses": [json.loads(line)["loss"] for line in log],
         "seconds_of_tuning": tuning_seconds(log),
         "verify_gguf": kept(bench, "verify-gguf",
-                            ["verify", str(bench.gguf("tuned-gguf")), *checked]),
-        "verify_onnx": kept(bench, "verify-onnx", ["verify", str(onnx), *checked]),
+                            ["verify", str(bench.gguf("tuned-gguf")), *checked,
+                             "cuda" if offloads else "cpu"]),
+        "verify_onnx": kept(bench, "verify-onnx", ["verify", str(onnx), *checked, plan.device]),
         "perplexity": kept(bench, "perplexity", perplexity(bench)),
     }  # fmt: skip
 
@@ -134,15 +149,16 @@ def tuning_seconds(log: Sequence[str]) -> float:
     return float(last["tokens"] / last["tokens_per_second"])
 
 
-def to(target: str, quantized: str) -> list[str]:
-    return ["--to", target, "--quantize", quantized, "--allow-requantize"]
-
-
 def perplexity(bench: Bench) -> list[str]:
     plan = bench.plan
+    if plan.on_cuda:
+        models = [str(bench.exported("untuned")), str(bench.tuned), str(bench.exported("base"))]
+    else:
+        models = [str(bench.gguf(name)) for name in ("untuned", "tuned-gguf", "base")]
     texts = [word for text in split(CACHE.parent / "speeches").test
              for word in ("--text", str(text))]  # fmt: skip
-    models = [str(bench.gguf(name)) for name in ("untuned", "tuned-gguf", "base")]
+    if plan.joined:
+        texts.append("--join")
     return ["perplexity", *models, *texts, "--contexts", ",".join(map(str, plan.contexts)),
             "--stride", str(plan.stride), "--max-windows", str(plan.windows), "--extrapolate",
             "--device", plan.device, "--json"]  # fmt: skip
@@ -200,12 +216,13 @@ def as_text(document: dict[str, Any]) -> str:
         "",
         "## Perplexity",
         "",
-        *_perplexities(document["perplexity"]),
+        *_perplexities(document["perplexity"], plan["device"] == "cuda"),
         "",
         "## Proof",
         "",
         *(
-            f"- {what}: **{_verdict(document[name])}**, in {document[name]['wall_s']:.0f} s"
+            f"- {what}: **{_verdict(document[name])}**, in {document[name]['wall_s']:.0f} s,"
+            f" {_where(document[name])}"
             for what, name in (("GGUF q8_0", "verify_gguf"), ("ONNX int8", "verify_onnx"))
         ),
     ]
@@ -216,7 +233,12 @@ def _verdict(found: dict[str, Any]) -> str:
     return str(found["outcome"])
 
 
-def _perplexities(found: dict[str, Any]) -> list[str]:
+def _where(found: dict[str, Any]) -> str:
+    ran = {key: value for key, value in found["environment"].items() if key.endswith(" device")}
+    return ", ".join(f"{key.removesuffix(' device')} on {value}" for key, value in ran.items())
+
+
+def _perplexities(found: dict[str, Any], on_cuda: bool) -> list[str]:
     untuned, tuned, base = found["models"]
     contexts = [at["context"] for at in tuned["contexts"]]
     rows = [["model", *(f"{c:,}" for c in contexts)], ["---"] * (1 + len(contexts))]
@@ -230,8 +252,9 @@ def _perplexities(found: dict[str, Any]) -> list[str]:
     return [
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        f"GGUF q8_0 in llama.cpp; {found['scored_tokens']:,} tokens of {found['documents']}"
-        " speeches that are not trained on, the same at every window, intervals by speech.",
+        f"{'Folders in torch' if on_cuda else 'GGUF q8_0 in llama.cpp'};"
+        f" {found['scored_tokens']:,} tokens of {found['documents']} speeches"
+        " that are not trained on, the same at every window, intervals by speech.",
     ]
 
 

@@ -1,11 +1,12 @@
 """A training step of `pi-convert finetune` against a plain script on transformers' Trainer.
 
-usage: python benchmarks/train_step.py [--runs N] [--part PART]... [--quick]
+usage: python benchmarks/train_step.py [--device cuda] [--runs N] [--part PART]... [--quick]
 Parts that are not run keep their last results; --quick tries a small window and keeps nothing. The
-default model at scale 2 in float32 on every core, one window a step, gradient checkpointing on
-both; interleaved, medians. Steps are timed from outside, by the lines that say that they are done;
-a process's first step is left out of its median. Peaks are of whole processes, writing the model
-included. Both train the same window: the losses of the first step are held against each other.
+default model at scale 2 in float32 on every core, or in bfloat16 over float32 weights on a GPU at
+scale 8; one window a step, gradient checkpointing on both; interleaved, medians. Steps are timed
+from outside, by the lines that say that they are done; a process's first step is left out of its
+median. Peaks are of whole processes, writing the model included; on a GPU, of its memory. Both
+train the same window: the losses of the first step are held against each other.
 """
 
 from __future__ import annotations
@@ -22,19 +23,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+
 from benchmarks.export_gguf import PI_CONVERT, PYTHON, Row
 from benchmarks.measure import RESULTS, environment, run, write_results
 
-PARTS = {"speed": (2048, 4), "memory": (8192, 2)}  # window in tokens, steps
+PARTS = {  # window in tokens, steps
+    "cpu": {"speed": (2048, 4), "memory": (8192, 2)},
+    "cuda": {"speed": (8192, 12), "memory": (65536, 4)},
+}
+SCALE = {"cpu": 2, "cuda": 8}
 QUICK = (256, 3)
-LOSSES_AGREE = 1e-3  # relative; float32 sums in another order, printed with four digits
+# Relative; float32 sums in another order, printed with four digits; the peer's logits are bfloat16
+# on a GPU.
+LOSSES_AGREE = {"cpu": 1e-3, "cuda": 1e-2}
 STEP = re.compile(r"^step (\d+)\b.*?: loss ([\d.]+)")
+PEAK = re.compile(r"^peak (\d+) bytes")
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,10 @@ def watch(command: list[str], steps: int) -> Trained:
     assert process.stdout is not None
     done: list[float] = []
     losses: list[float] = []
-    said = []
+    said, peak = [], None
     for line in process.stdout:
+        if told := PEAK.match(line):
+            peak = int(told[1])
         if found := STEP.match(line):
             done.append(time.perf_counter() - started)
             losses.append(float(found[2]))
@@ -74,24 +86,40 @@ def watch(command: list[str], steps: int) -> Trained:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or len(done) != steps:
         sys.exit(f"{command} ended with {process.returncode}:\n{''.join(said)[-3000:]}")
-    return Trained(tuple(done), losses[0], usage.ru_maxrss / 1024)
+    kib = usage.ru_maxrss if peak is None else peak / 1024
+    return Trained(tuple(done), losses[0], kib / 1024)
 
 
-def ours(text: Path, window: int, steps: int, out: Path) -> list[str]:
-    return [PI_CONVERT, "finetune", "--scale", "2", "--text", str(text), "--window", str(window),
-            "--allow-short-window", "--steps", str(steps), "--batch", "1", "--eval-every", "0",
-            "--save-every", str(10 * steps), "--out", str(out)]  # fmt: skip
+@dataclass(frozen=True)
+class Work:
+    """So many steps over one window."""
+
+    device: str
+    window: int
+    steps: int
+    text: Path
+
+    def ours(self, out: Path) -> Trained:
+        found = watch(
+            [PI_CONVERT, "finetune", "--scale", str(SCALE[self.device]), "--text", str(self.text),
+             "--window", str(self.window), "--allow-short-window", "--steps", str(self.steps),
+             "--batch", "1", "--eval-every", "0", "--save-every", str(10 * self.steps), "--device",
+             self.device, "--out", str(out)], self.steps)  # fmt: skip
+        if self.device == "cpu":
+            return found
+        last = (out / "run" / "trainer_log.jsonl").read_text().splitlines()[-1]
+        return replace(found, peak_mib=json.loads(last)["peak_bytes"] / 2**20)
+
+    def theirs(self, model: Path, out: Path) -> Trained:
+        script = str(Path(__file__).parent / "peer_trainer.py")
+        words = [model, self.text, self.window, self.steps, 1, out, self.device]
+        return watch([PYTHON, script, *map(str, words)], self.steps)
 
 
-def theirs(model: Path, text: Path, window: int, steps: int, out: Path) -> list[str]:
-    script = str(Path(__file__).parent / "peer_trainer.py")
-    return [PYTHON, script, str(model), str(text), str(window), str(steps), "1", str(out)]
-
-
-def models(folder: Path) -> tuple[Path, Path]:
+def models(folder: Path, scale: int) -> tuple[Path, Path]:
     """The default model interpolated: a folder for the peer, and a GGUF for its tokenizer."""
-    run([[PI_CONVERT, "export", "--to", "safetensors", "--to", "gguf", "--scale", "2", "--out",
-          str(folder)]])  # fmt: skip
+    run([[PI_CONVERT, "export", "--to", "safetensors", "--to", "gguf", "--scale", str(scale),
+          "--out", str(folder)]])  # fmt: skip
     return next(path for path in folder.iterdir() if path.is_dir()), next(folder.glob("*.gguf"))
 
 
@@ -101,15 +129,17 @@ def one_window(folder: Path, gguf: Path, window: int) -> Path:
     return folder / "0.txt"
 
 
-def measure(folder: Path, window: int, steps: int, runs: int) -> Row:
-    model, gguf = models(folder)
-    text = one_window(folder, gguf, window)
+def measure(folder: Path, device: str, size: tuple[int, int], runs: int) -> Row:
+    window, steps = size
+    model, gguf = models(folder, SCALE[device])
+    work = Work(device, window, steps, one_window(folder, gguf, window))
     own, peer = [], []
     for _ in range(runs):
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            own.append(watch(ours(text, window, steps, Path(out) / "ours"), steps))
-            peer.append(watch(theirs(model, text, window, steps, Path(out) / "theirs"), steps))
-        if not math.isclose(own[-1].first_loss, peer[-1].first_loss, rel_tol=LOSSES_AGREE):
+            own.append(work.ours(Path(out) / "ours"))
+            peer.append(work.theirs(model, Path(out) / "theirs"))
+        agree = LOSSES_AGREE[device]
+        if not math.isclose(own[-1].first_loss, peer[-1].first_loss, rel_tol=agree):
             sys.exit(f"losses {own[-1].first_loss} and {peer[-1].first_loss}: not the same work")
     rates = [window / middle(found, lambda t: t.seconds_a_step) for found in (own, peer)]
     peaks = [middle(found, lambda t: t.peak_mib) for found in (own, peer)]
@@ -131,9 +161,10 @@ def middle(found: list[Trained], value: Callable[[Trained], float]) -> float:
     return statistics.median(value(one) for one in found)
 
 
-def as_text(rows: list[Row], versions: dict[str, str]) -> str:
+def as_text(rows: list[Row], versions: dict[str, str], device: str) -> str:
+    flag = "" if device == "cpu" else f" --device {device}"
     lines = ["# A training step, against a plain Trainer script", "",
-             "`python benchmarks/train_step.py`", ""]  # fmt: skip
+             f"`python benchmarks/train_step.py{flag}`", ""]  # fmt: skip
     lines += [f"- {key}: {value}" for key, value in versions.items()]
     heads = ("a step", "tokens/s", "theirs", "ours / theirs", "peak", "theirs", "ours / theirs",
              "start to first step", "theirs")  # fmt: skip
@@ -152,31 +183,36 @@ def as_text(rows: list[Row], versions: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def last_results() -> dict[str, Row]:
+def last_results(name: str) -> dict[str, Row]:
     """Rows by part, as the last run left them."""
-    file = RESULTS / "train_step.json"
+    file = RESULTS / f"{name}.json"
     return json.loads(file.read_text())["parts"] if file.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--device", choices=PARTS, default="cpu")
+    parser.add_argument("--part", choices=PARTS["cpu"], action="append")
     parser.add_argument("--quick", action="store_true", help="A small window, once, not kept.")
     parser.add_argument("--folder", type=Path, help="Where models are made; removed afterwards.")
     arguments = parser.parse_args()
+    device, parts = arguments.device, PARTS[arguments.device]
+    name = "train_step" if device == "cpu" else f"train_step_{device}"
     versions = environment() | {"accelerate": version("accelerate")}
+    if device == "cuda":
+        versions["gpu"] = torch.cuda.get_device_name()
     if arguments.quick:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            print(as_text([measure(Path(folder), *QUICK, runs=1)], versions))
+            print(as_text([measure(Path(folder), device, QUICK, runs=1)], versions, device))
         return
-    found = last_results()
-    for part in arguments.part or PARTS:
+    found = last_results(name)
+    for part in arguments.part or parts:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            found[part] = measure(Path(folder), *PARTS[part], runs=arguments.runs)
-        rows = [found[name] for name in PARTS if name in found]
-        write_results("train_step", {"environment": versions, "parts": found},
-                      as_text(rows, versions))  # fmt: skip
+            found[part] = measure(Path(folder), device, parts[part], runs=arguments.runs)
+        rows = [found[kept] for kept in parts if kept in found]
+        write_results(name, {"environment": versions, "parts": found},
+                      as_text(rows, versions, device))  # fmt: skip
 
 
 if __name__ == "__main__":
