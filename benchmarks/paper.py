@@ -145,6 +145,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "environment": environment(),
         "tokens_a_step": {"pretraining": plan.pretraining_tokens, "after": plan.step_tokens},
         "pretraining_steps": plan.pretraining_steps,
+        "windows": {arm.name: arm.context for arm in plan.arms},
         "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
         "perplexity": perplexities(bench),
         "passkey": passkeys(bench),

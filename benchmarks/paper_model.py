@@ -18,7 +18,9 @@ L = 128  # tokens; what the base is pretrained on
 VOCABULARY = 2048
 EOS = "<|endoftext|>"
 PASSKEY_SHARE = 0.2  # of the tokens trained on
+TAUGHT_SHARE = 0.5  # of the tokens of what is taught to find passkeys
 _LINES_FOR_THE_TOKENIZER = 2000
+_SENTENCES = FILLER.count(".")
 
 
 def passkey_text(lines: int, draw: random.Random) -> str:
@@ -107,3 +109,45 @@ def write_passkeys(tokenizer: Path, window: int, tokens: int, out: Path) -> None
         lines.append(json.dumps({"text": passkey_text(count, draw)}))
         written += least + count * line
     out.write_text("\n".join(lines) + "\n")
+
+
+def write_taught(tokenizer: Path, window: int, tokens: int, out: Path) -> None:
+    """JSONL of the paper's prompt with its answer at distances of any number of filler sentences.
+
+    Every text fills a window of its own: what is left behind the answer is filler. With whole lines
+    a window of L has two distances, which a model learns by heart instead of looking for the key.
+    """
+    encode = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    draw = random.Random(window)
+
+    def length(text: str) -> int:
+        return len(encode(text)["input_ids"])
+
+    sentence = length(FILLER) / _SENTENCES
+    least = length(passkey_text(0, draw))
+    lines = []
+    for _ in range(tokens // window):
+        total = draw.randint(0, int((window - least - 2) / sentence))
+        text = _taught_text(total, draw)
+        while (missing := window - length(text)) > 0:
+            text += _sentences(1 + int(missing / sentence), draw)
+        lines.append(json.dumps({"text": text}))
+    out.write_text("\n".join(lines) + "\n")
+
+
+def _taught_text(sentences: int, draw: random.Random) -> str:
+    before = draw.randint(0, sentences)
+    key = "".join(draw.choices("0123456789", k=DIGITS))
+    parts = _sentences(before, draw), _sentences(sentences - before, draw)
+    return f"{TASK}{parts[0]}{TOLD.format(key=key)}{parts[1]}{QUESTION} {key}.\n"
+
+
+def _sentences(count: int, draw: random.Random) -> str:
+    """So many sentences of the filler from any one on, and a line's end."""
+    if not count:
+        return ""
+    sentences = [f"{sentence.strip()}." for sentence in FILLER.split(".")[:_SENTENCES]]
+    start = draw.randrange(_SENTENCES)
+    said = [sentences[(start + i) % _SENTENCES] for i in range(count)]
+    ends = ["\n" if (start + i) % _SENTENCES == _SENTENCES - 1 else " " for i in range(count)]
+    return "".join(s + e for s, e in zip(said, ends, strict=True)).strip() + "\n"

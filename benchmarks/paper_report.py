@@ -63,6 +63,7 @@ class Measured:
             self.growth[key] = {g["to"]: g for g in row["growth"]}
         self.passkey = {(row["arm"], row["step"]): row for row in document["passkey"]}
         self.scored_tokens = document["perplexity"][0]["scored_tokens"]
+        self.window: dict[str, int] = document["windows"]  # that an arm is trained on
 
     def steps(self, arm: str) -> list[int]:
         return sorted(step for name, step in self.perplexity if name == arm)
@@ -123,7 +124,7 @@ def claims(found: Measured) -> list[str]:
     losses = [_loss(at[L], base[L]) for at in (tuned, long)]
     flat = untuned[far].value / untuned[L].value
     recovered = {
-        arm: found.perplexity[arm, found.recovered(arm)][int(arm[4:]) * L] for arm in factors
+        arm: found.perplexity[arm, found.recovered(arm)][found.window[arm]] for arm in factors
     }
     direct = found.perplexity["direct", found.recovered("direct")]
     return [
@@ -212,7 +213,7 @@ def _table_1(found: Measured) -> list[str]:
     rows = []
     for name, arm, step in shown:
         at = found.perplexity[arm, step]
-        limit = int(arm[4:]) * L if arm.startswith("PI") else 8 * L
+        limit = found.window[arm] if arm.startswith("PI") else 8 * L
         cells = (str(at[w]) if w <= limit else f"past L': {at[w].value:.2f}" for w in WINDOWS)
         rows.append((name, *cells))
     header = ("model", *(f"{w:,}" for w in WINDOWS))
@@ -224,7 +225,7 @@ def _table_3(found: Measured) -> list[str]:
     steps = found.steps("PI x8")
     rows = []
     for arm in ("PI x2", "PI x4", "PI x8", "direct"):
-        window = int(arm[4:]) * L if arm.startswith("PI") else 8 * L
+        window = found.window[arm]
         cells = (
             str(found.perplexity[arm, step][window]) if (arm, step) in found.perplexity else "-"
             for step in steps
@@ -282,12 +283,13 @@ def _probe(document: Document) -> list[str]:
         found = "none" if row["factor"] is None else f"{row['factor']:g}"
         gain, nearest = row["gain_over_factor_1"]["value"], row["next_best"]
         told = f"{nearest:g}" + ("" if row["told_apart"] else ", not told apart")
-        cells = (row["arm"], str(row["step"]), trained, found, f"{gain:.3f}", told)
-        rows.append(cells)
-    header = ("model", "step", "factor", "found", "nats under factor 1", "next best")
+        best = f"{row['best']:g}"
+        rows.append((row["arm"], str(row["step"]), trained, found, best, f"{gain:.3f}", told))
+    header = ("model", "step", "factor", "found", "best", "nats under factor 1", "next best")
     return [
         "`pi-convert probe` on the tuned weights with the base's config, which knows of no factor;"
-        " it tries 1, 1.25, 1.5 ... 4, 5, 6 ... 32.",
+        " it tries 1, 1.25, 1.5 ... 4, 5, 6 ... 32. The usual factor just above the best one is"
+        " what it tells.",
         "",
         *_rows(header, rows),
     ]
@@ -323,7 +325,7 @@ def _by_step(found: Measured) -> str:
     """PI at its new window, and direct fine-tuning at the same."""
     lines = []
     for arm in ("PI x2", "PI x4", "PI x8", "direct"):
-        window = int(arm[4:]) * L if arm.startswith("PI") else 8 * L
+        window = found.window[arm]
         points = tuple(
             Point(step, at[window].value, at[window].low, at[window].high)
             for step in found.steps(arm)

@@ -12,7 +12,7 @@ from pi_convert.report.console import table, tokens
 from pi_convert.report.perplexity import mean_json
 from pi_convert.report.rope import factor_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class ProbeReport:
             "stated_factor": self.stated,
             "best": found.best,
             "gain_over_factor_1": mean_json(found.gain),
+            "behind_best": None if found.behind is None else mean_json(found.behind),
             "next_best": found.rival,
             "lead_over_next_best": mean_json(found.lead),
             "told_apart": found.told_apart,
@@ -83,12 +84,17 @@ def _conclusion(report: ProbeReport) -> list[str]:
     found = report.probe
     if found.factor is None:
         lines = [f"No factor stands out: {found.reason}."]
-    else:
+    elif found.behind is None:
         lines = [
             f"Factor {factor_text(found.factor)} stands out:"
-            f" {_nats(found.gain)} below factor 1{_next(found)}.",
-            "Weights that were tuned briefly show as somewhat less than their factor: the usual one"
-            " at or above it is likely.",
+            f" {_nats(found.gain)} below factor 1{_next(found)}."
+        ]
+    else:
+        lines = [
+            f"Factor {factor_text(found.factor)} stands out. The weights are best with"
+            f" {factor_text(found.best)}, {_nats(found.gain)} below factor 1, and"
+            f" {factor_text(found.factor)} is {_nats(found.behind)} behind it: what was tuned"
+            " briefly shows as less than its factor, and that is the usual one."
         ]
     if report.stated != 1.0 and not found.told:
         lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from converters.errors import SourceError
 from pi_convert import cli
-from pi_convert.evaluate.probe import FACTORS, probe_windows
+from pi_convert.evaluate.probe import FACTORS, likely_factor, probe_windows
 from pi_convert.evaluate.windows import TokenStream
 from tests.tiny import Shape, write_tiny
 
@@ -60,7 +60,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--text={path}" for path in sorted(folder.iterdir())]
 
 
-@pytest.mark.parametrize("factor", [3.0, 6.0])
+@pytest.mark.parametrize("factor", [3.0, 5.0, 6.0])
 def test_a_stripped_factor_is_found(
     factor: float, texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +84,31 @@ def test_a_stripped_factor_is_found(
         text = capfd.readouterr().out
         assert f"Factor {factor:g} stands out" in text
         assert says in text
+
+
+def curve(best: float, flatness: float) -> dict[float, float]:
+    """NLL that is 1 nat lower at ``best`` than at factor 1; a parabola in log(factor)."""
+    width = np.log(best)
+    return {float(f): 2 + flatness * (np.log(f / best) / width) ** 2 for f in FACTORS} | {1.0: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("best", "flatness", "expected"),
+    [
+        (1.75, 0.8, 2),  # 0.8 (ln(2 / 1.75) / ln 1.75)^2 = 0.0455 nats behind, of 0.05 allowed
+        (1.75, 1, 1.75),  # 0.0569 behind
+        (3.5, 1, 4),  # 0.0114 behind
+        (7, 1, 8),  # 0.0047 behind
+        (4, 1, 4),  # a usual one is never raised
+        (5, 1, 6),  # 0.0128 behind
+        (5, 4, 5),  # 0.0513 behind
+        (32, 1, 32),
+    ],
+)
+def test_a_usual_factor_just_above_the_best_is_taken(
+    best: float, flatness: float, expected: float
+) -> None:
+    assert likely_factor(curve(best, flatness)) == expected
 
 
 def test_an_untuned_model_has_none(
