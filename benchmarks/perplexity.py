@@ -3,9 +3,9 @@
 usage: python benchmarks/perplexity.py [--runs N] [--part PART]... [--quick]
 Parts that are not run keep their last results; --quick tries everything on small windows and keeps
 nothing. The same tokens and version of ggml; threads, ubatch and flash attention are the best of
-each, tried on one window before; interleaved, medians of whole processes. The numbers are held
-against each other, so that both did the same work. The first run builds llama-perplexity, which
-takes some minutes.
+each, tried on one window before; whole processes, each first in every other round, the median of
+the rounds' ratios. The numbers are held against each other, so that both did the same work. The
+first run builds llama-perplexity, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import argparse
 import ctypes
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -171,9 +173,11 @@ def number(pattern: re.Pattern[str], printed: str) -> float:
 
 def measured(own: list[Run], peer: list[Run]) -> Row:
     a, b = median(own), median(peer)
+    rounds = [[round(one.wall_s, 2) for one in pair] for pair in zip(own, peer, strict=True)]
     return {
         "ours_wall_s": round(a.wall_s, 2), "peer_wall_s": round(b.wall_s, 2),
-        "ratio": round(a.wall_s / b.wall_s, 3),
+        "ratio": round(statistics.median(mine / other for mine, other in rounds), 3),
+        "rounds_s": rounds,
         "ours_peak_mib": round(a.peak_mib), "peer_peak_mib": round(b.peak_mib),
     }  # fmt: skip
 
@@ -185,8 +189,8 @@ def perplexity(bench: Bench) -> list[Row]:
     mine = ours(bench, sizes.window, sizes.windows, text)(own_settings)
     other = theirs(bench.artifact, sizes.window, *chunks(text, sizes.windows))(peer_settings)
     own, peer = [], []
-    for _ in range(bench.runs):
-        (a, said_a), (b, said_b) = run_and_read([mine]), run_and_read([other])
+    for number_of_round in range(bench.runs):
+        (a, said_a), (b, said_b) = in_turn([mine], [other], number_of_round)
         values = number(PPL, said_a), number(PPL, said_b)
         agree_ppl(*values, own_settings, peer_settings)
         own.append(a)
@@ -210,34 +214,44 @@ def kl(bench: Bench) -> list[Row]:
         theirs(bench.artifact, sizes.window, *keep, "--kl-divergence"),
     ]
     sources = {"f16 GGUF": bench.source_f16, "folder in torch": bench.source}
+    commands = {
+        name: [PI_CONVERT, "compare", str(source), str(bench.artifact), "--json", "--text",
+               str(texts / "joined.txt"), "--protocol", "llama.cpp", "--context",
+               str(sizes.window), "--max-windows", str(sizes.windows), *own_settings.of_ours()]
+        for name, source in sources.items()
+    }  # fmt: skip
+    twice = [command(peer_settings) for command in passes]
     own: dict[str, list[Run]] = {name: [] for name in sources}
+    peers: dict[str, list[Run]] = {name: [] for name in sources}
     values: dict[str, float] = {}
-    peer = []
-    for _ in range(bench.runs):
-        b, said = run_and_read([command(peer_settings) for command in passes])
+    for number_of_round, name in itertools.product(range(bench.runs), sources):
+        before = used_bytes(bench.folder)
+        (a, printed), (b, said) = in_turn([commands[name]], twice, number_of_round)
         disk = logits.stat().st_size
         logits.unlink()
-        peer.append(b)
-        for name, source in sources.items():
-            before = used_bytes(bench.folder)
-            a, printed = run_and_read(
-                [[PI_CONVERT, "compare", str(source), str(bench.artifact), "--json", "--text",
-                  str(texts / "joined.txt"), "--protocol", "llama.cpp", "--context",
-                  str(sizes.window), "--max-windows", str(sizes.windows),
-                  *own_settings.of_ours()]]
-            )  # fmt: skip
-            assert used_bytes(bench.folder) == before
-            values[name] = mean_kl(printed)
-            agree(f"KL from the {name}", values[name], number(KLD, said), KL_AGREES)
-            own[name].append(a)
+        assert used_bytes(bench.folder) == before
+        values[name] = mean_kl(printed)
+        agree(f"KL from the {name}", values[name], number(KLD, said), KL_AGREES)
+        own[name].append(a)
+        peers[name].append(b)
     return [
         {"work": f"KL of q4_k_m from its source ({name}), {sizes.windows} windows of"
                  f" {sizes.window:,} tokens", "runs": bench.runs, "kl": values[name],
          "peer_kl": number(KLD, said), "ours_settings": str(own_settings),
-         "peer_settings": str(peer_settings), **measured(own[name], peer),
+         "peer_settings": str(peer_settings), **measured(own[name], peers[name]),
          "ours_disk_mib": 0, "peer_disk_mib": round(disk / 2**20)}
         for name in sources
     ]  # fmt: skip
+
+
+def in_turn(
+    mine: list[list[str]], other: list[list[str]], number_of_round: int
+) -> tuple[tuple[Run, str], tuple[Run, str]]:
+    """(ours, theirs); each is first in every other round, for the machine's speed drifts."""
+    if number_of_round % 2:
+        peer = run_and_read(other)
+        return run_and_read(mine), peer
+    return run_and_read(mine), run_and_read(other)
 
 
 def used_bytes(folder: Path) -> int:

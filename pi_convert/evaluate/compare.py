@@ -92,7 +92,7 @@ def compare(
         )
     started, found = time.monotonic(), _Found()
     longest = max(window.fed for window in windows)
-    at_once = scored_chunk(a.vocabulary, 2)
+    at_once = scored_chunk(a.vocabulary)
     total, before = sum(window.fed for window in windows), 0
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(r.open_session(longest)) for r in (a, b)]

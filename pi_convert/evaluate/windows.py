@@ -15,7 +15,7 @@ from pi_convert.runtimes.base import CHUNK_TOKENS, Logits, Session, Tokens
 # Where logits are wanted: 128 x 151,936 x 4 B is 74 MiB for each of up to nine runs in lockstep.
 SCORED_CHUNK_TOKENS = 128
 
-# With one run or two: so many bytes of logits at once. Long chunks are faster.
+# With one run or two: so many bytes of each one's logits at once. Long chunks are faster.
 _LOGITS_BYTES = 128 << 20
 
 Encode = Callable[[str], Sequence[int]]
@@ -97,9 +97,9 @@ def encode_documents(
     return TokenStream(np.concatenate(tokens), np.concatenate(numbers))
 
 
-def scored_chunk(vocabulary: int, sessions: int = 1) -> int:
-    """How many positions to score at once where so few ``sessions`` run, at most a chunk."""
-    return max(1, min(CHUNK_TOKENS, _LOGITS_BYTES // (4 * vocabulary * sessions)))
+def scored_chunk(vocabulary: int) -> int:
+    """How many positions to score at once where one session runs or two, at most a chunk."""
+    return max(1, min(CHUNK_TOKENS, _LOGITS_BYTES // (4 * vocabulary)))
 
 
 def in_lockstep(
