@@ -27,7 +27,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import paper_report
 from benchmarks.export_gguf import PI_CONVERT
 from benchmarks.measure import RESULTS, environment
-from benchmarks.paper_model import PASSKEY_SHARE, L, with_context, write_base, write_passkeys
+from benchmarks.paper_model import (
+    PASSKEY_SHARE,
+    TAUGHT_SHARE,
+    L,
+    with_context,
+    write_base,
+    write_passkeys,
+    write_taught,
+)
 from benchmarks.speeches import split
 from converters.sources import open_checkpoint
 from pi_convert.finetune.recipe import Choices, choose_recipe
@@ -51,6 +59,7 @@ class Arm:
     context: int = L  # window that it is trained on; L of a model that is not interpolated
     kept: tuple[int, ...] = (0, 50, 200)  # steps whose weights are measured
     rate: float = 2e-4
+    is_taught: bool = False  # to find passkeys: starts from the base that was taught it
 
     @property
     def steps(self) -> int:
@@ -68,6 +77,12 @@ ARMS = (
     Arm("PI x4.5", scale=4.5, context=576, kept=(200,)),  # off the grid of factors
 )
 PROBED = ("PI x3", "PI x4.5")
+TAUGHT = (
+    Arm("taught PI x2", scale=2, context=2 * L, kept=(0, 200), is_taught=True),
+    Arm("taught PI x4", scale=4, context=4 * L, kept=(0, 200), is_taught=True),
+    Arm("taught PI x8", scale=8, context=8 * L, kept=(0, 200), is_taught=True),
+    Arm("taught direct", context=8 * L, kept=(0, 200), is_taught=True),
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,14 @@ class Plan:
     pretraining_tokens: int = 8192  # a step
     pretraining_rate: float = 2e-3
     step_tokens: int = 2048  # of every run after it
+    teaching_steps: int = 300
+    teaching_rate: float = 2e-3
+    teaching_tokens: int = 8192  # a step, also of every run after the teaching
     stride: int = 64
     windows: int = 70  # 10 of each speech
     trials: int = 10
     arms: tuple[Arm, ...] = ARMS
+    taught: tuple[Arm, ...] = TAUGHT
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -90,8 +109,10 @@ class Plan:
 
 QUICK = Plan(
     pretraining_steps=3, windows=4, trials=1,
+    teaching_steps=2,
     arms=tuple(replace(arm, kept=tuple(range(len(arm.kept)))) if len(arm.kept) > 1
                else replace(arm, kept=(1,)) for arm in ARMS),
+    taught=tuple(replace(arm, kept=(0, 1)) for arm in TAUGHT),
 )  # fmt: skip
 
 
@@ -107,13 +128,23 @@ class Bench:
     def model(self, arm: Arm, step: int) -> Path:
         return self.folder / arm.name / f"step-{step}"
 
-    def texts(self, window: int) -> tuple[Path, ...]:
-        """Speeches, and passkeys of every length up to ``window``."""
-        passkeys = self.folder / f"passkeys-{window}.jsonl"
+    @property
+    def taught(self) -> Path:
+        """The base after it was taught to find passkeys on windows of L."""
+        return self.folder / "taught"
+
+    def texts(self, arm: Arm) -> tuple[Path, ...]:
+        """Speeches, and passkeys of every length up to the window."""
+        name, share, write = (
+            ("taught", TAUGHT_SHARE, write_taught)
+            if arm.is_taught
+            else ("passkeys", PASSKEY_SHARE, write_passkeys)
+        )
+        passkeys = self.folder / f"{name}-{arm.context}.jsonl"
         if not passkeys.is_file():
-            tokens = round(SPEECH_TOKENS * PASSKEY_SHARE / (1 - PASSKEY_SHARE))
+            tokens = round(SPEECH_TOKENS * share / (1 - share))
             partial = passkeys.with_suffix(".partial")
-            write_passkeys(self.folder / "random", window, tokens, partial)
+            write(self.folder / "random", arm.context, tokens, partial)
             partial.rename(passkeys)
         return split(CACHE / "speeches").train, passkeys
 
@@ -139,12 +170,18 @@ def main() -> None:
 def run(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     pretrain(bench)
-    for arm in plan.arms:
+    teach(bench)
+    for arm in plan.arms + plan.taught:
         train(bench, arm)
     document = {
         "environment": environment(),
-        "tokens_a_step": {"pretraining": plan.pretraining_tokens, "after": plan.step_tokens},
+        "tokens_a_step": {
+            "pretraining": plan.pretraining_tokens,
+            "after": plan.step_tokens,
+            "taught": plan.teaching_tokens,
+        },
         "pretraining_steps": plan.pretraining_steps,
+        "teaching": {"steps": plan.teaching_steps, "rate": plan.teaching_rate},
         "windows": {arm.name: arm.context for arm in plan.arms},
         "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
         "perplexity": perplexities(bench),
@@ -168,16 +205,26 @@ def pretrain(bench: Bench) -> None:
         trained(bench, arm, random, plan.pretraining_tokens, bench.base)
 
 
+def teach(bench: Bench) -> None:
+    """The base, on windows of L that are mostly passkeys."""
+    plan = bench.plan
+    if not (bench.taught / "config.json").is_file():
+        arm = Arm("teaching", kept=(plan.teaching_steps,), rate=plan.teaching_rate, is_taught=True)
+        trained(bench, arm, bench.base, plan.teaching_tokens, bench.taught)
+
+
 def train(bench: Bench, arm: Arm) -> None:
     """One arm, with the weights of every kept step put aside as a model of their own."""
     if all((bench.model(arm, step) / "config.json").is_file() for step in arm.kept):
         return
-    source = bench.base
+    plan, source = bench.plan, bench.taught if arm.is_taught else bench.base
     if arm.scale == 1 and arm.context > L:
-        source = with_context(bench.base, arm.context, bench.folder / f"context-{arm.context}")
+        name = f"{'taught-' if arm.is_taught else ''}context-{arm.context}"
+        source = with_context(source, arm.context, bench.folder / name)
+    step_tokens = plan.teaching_tokens if arm.is_taught else plan.step_tokens
     out = bench.folder / arm.name / "run"
     out.parent.mkdir(exist_ok=True)
-    trained(bench, arm, source, bench.plan.step_tokens, out)
+    trained(bench, arm, source, step_tokens, out)
     keep(out, bench.model(arm, arm.steps))
     shutil.rmtree(out)
 
@@ -201,7 +248,7 @@ def trained(bench: Bench, arm: Arm, source: Path, step_tokens: int, out: Path) -
     request = FinetuneRequest(
         source=checkpoint,
         recipe=recipe,
-        texts=bench.texts(arm.context),
+        texts=bench.texts(arm),
         out=out,
         schedule=Schedule(save_every=min(50, arm.steps), eval_every=0),
         passes=Passes(windows=max(1, PASS_TOKENS // arm.context), recompute=False),
@@ -250,28 +297,28 @@ def perplexities(bench: Bench) -> list[Found]:
     words += [w for text in split(CACHE / "speeches").test for w in ("--text", str(text))]
     return [
         {"arm": arm, "step": step, **measured(bench, "perplexity", model, words)}
-        for arm, step, _, model in kept_models(bench)
+        for arm, step, model in kept_models(bench)
     ]
 
 
 def passkeys(bench: Bench) -> list[Found]:
     """As the paper's table 4: of prompts as long as the window that a model was made for.
 
-    The base is asked at its own L, and past it as step 0 of direct fine-tuning.
+    The taught base is asked at its own L, and past it as step 0 of direct fine-tuning.
     """
-    asked = [("base", 0, L, bench.model(Arm("trained on"), 0))]
+    asked = [("taught", 0, L, bench.taught)]
     asked += [
-        (arm, step, 8 * L if arm == "trained on" else context, model)
-        for arm, step, context, model in kept_models(bench)
-        if step % 200 == 0 or bench.plan == QUICK
+        (arm.name, step, arm.context, bench.model(arm, step))
+        for arm in bench.plan.taught
+        for step in arm.kept
     ]
     found = []
-    for arm, step, context, model in asked:
+    for name, step, context, model in asked:
         words = ["passkey", "--max-context", str(context), "--trials", str(bench.plan.trials),
                  "--extrapolate"]  # fmt: skip
         made = measured(bench, f"passkey-{context}", model, words)
         made = {key: value for key, value in made.items() if key != "answers"}
-        found.append({"arm": arm, "step": step, "window": context, **made})
+        found.append({"arm": name, "step": step, "window": context, **made})
     return found
 
 
@@ -292,10 +339,10 @@ def probes(bench: Bench) -> list[Found]:
     return found
 
 
-def kept_models(bench: Bench) -> list[tuple[str, int, int, Path]]:
-    """(arm, step, window that it is trained on, folder)."""
+def kept_models(bench: Bench) -> list[tuple[str, int, Path]]:
+    """(arm, step, folder)."""
     return [
-        (arm.name, step, arm.context, bench.model(arm, step))
+        (arm.name, step, bench.model(arm, step))
         for arm in bench.plan.arms
         for step in arm.kept
         if arm.name not in PROBED

@@ -18,9 +18,10 @@ L = 128  # tokens; what the base is pretrained on
 VOCABULARY = 2048
 EOS = "<|endoftext|>"
 PASSKEY_SHARE = 0.2  # of the tokens trained on
-TAUGHT_SHARE = 0.5  # of the tokens of what is taught to find passkeys
+TAUGHT_SHARE = 0.8  # of the tokens of what is taught to find passkeys
 _LINES_FOR_THE_TOKENIZER = 2000
 _SENTENCES = FILLER.count(".")
+_MARGIN = 8  # tokens; sentences are not all of one length
 
 
 def passkey_text(lines: int, draw: random.Random) -> str:
@@ -123,14 +124,12 @@ def write_taught(tokenizer: Path, window: int, tokens: int, out: Path) -> None:
     def length(text: str) -> int:
         return len(encode(text)["input_ids"])
 
-    sentence = length(FILLER) / _SENTENCES
-    least = length(passkey_text(0, draw))
+    sentence, least = length(FILLER) / _SENTENCES, length(passkey_text(0, draw))
     lines = []
     for _ in range(tokens // window):
-        total = draw.randint(0, int((window - least - 2) / sentence))
-        text = _taught_text(total, draw)
-        while (missing := window - length(text)) > 0:
-            text += _sentences(1 + int(missing / sentence), draw)
+        total = draw.randint(0, int((window - least - _MARGIN) / sentence))
+        left = window - least - total * sentence
+        text = _taught_text(total, draw) + _sentences(1 + int(left / sentence), draw)
         lines.append(json.dumps({"text": text}))
     out.write_text("\n".join(lines) + "\n")
 

@@ -71,6 +71,11 @@ class Measured:
     def last(self, arm: str) -> int:
         return self.steps(arm)[-1]
 
+    def taught(self, arm: str) -> Document:
+        """Passkeys of an arm that started from the taught base, at its last step."""
+        last = max(step for name, step in self.passkey if name == f"taught {arm}")
+        return self.passkey[f"taught {arm}", last]
+
     def recovered(self, arm: str) -> int:
         """The step that stands for the paper's 200."""
         return 200 if 200 in self.steps(arm) else self.last(arm)
@@ -86,7 +91,7 @@ def render(document: Document) -> tuple[str, dict[str, str]]:
     lines += ["## Table 1: perplexity by window", "", *_table_1(found)]
     lines += ["", "## Table 3: perplexity by step", "", *_table_3(found)]
     lines += ["", "![perplexity by step](paper_steps.svg)", ""]
-    lines += ["## Table 4: passkey", "", *_table_4(found)]
+    lines += ["## Table 4: passkey", "", *_table_4(document, found)]
     lines += ["", "## Table 5: the original window", "", *_table_5(found)]
     lines += ["", "## Probe", "", *_probe(document)]
     plots = {"paper_windows.svg": _by_window(found), "paper_steps.svg": _by_step(found)}
@@ -120,7 +125,7 @@ def claims(found: Measured) -> list[str]:
     control = found.perplexity["trained on", found.last("trained on")]
     growth = found.growth[pi, last][far]["nll_change"]
     factors = [arm for arm in ("PI x2", "PI x4", pi) if (arm, 0) in found.perplexity]
-    reach = {arm: found.passkey[arm, found.recovered(arm)]["k_max"] for arm in ("direct", *factors)}
+    reach = {arm: found.taught(arm)["k_max"] for arm in ("direct", *factors)}
     losses = [_loss(at[L], base[L]) for at in (tuned, long)]
     flat = untuned[far].value / untuned[L].value
     recovered = {
@@ -169,7 +174,7 @@ def claims(found: Measured) -> list[str]:
             reach["direct"] < reach[pi] if any(reach.values()) else None,
             "k_max "
             + ", ".join(f"{arm} {k:,}" for arm, k in reach.items())
-            + f"; at L the base finds {_found_of(found.passkey['base', 0])}",
+            + f"; at L the base finds {_found_of(found.passkey['taught', 0])}",
         ),
         _claim(
             f"Direct fine-tuning is worse at 8 L after {short} steps (perplexity)",
@@ -238,14 +243,20 @@ def _table_3(found: Measured) -> list[str]:
     ]
 
 
-def _table_4(found: Measured) -> list[str]:
+def _table_4(document: Document, found: Measured) -> list[str]:
     rows = []
     for (arm, step), row in found.passkey.items():
         low, high = row["k_max_bounds"]
         k_max = f"{row['k_max']:,} ({low:,} to {high:,})"
         rows.append((arm, str(step), f"{row['window']:,}", k_max, _found_of(row)))
+    tokens, teaching = document["tokens_a_step"]["taught"], document["teaching"]
     return [
-        "k_max with what the Wilson intervals allow, and how many passkeys were found in all.",
+        "k_max with what the Wilson intervals allow, and how many passkeys were found in all. The"
+        f" base is first taught the task for {teaching['steps']} steps of {tokens:,} tokens on"
+        f" windows of L, at {teaching['rate']:g}, on texts of which four fifths are the prompt with"
+        " its answer at every distance that the window has: with whole lines of filler it has two,"
+        " and the base had learned those by heart. Then every way is trained with as many tokens a"
+        " step on its own window.",
         "",
         *_rows(("model", "step", "prompt", "k_max", "found"), rows),
         "",

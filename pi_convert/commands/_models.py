@@ -46,7 +46,9 @@ def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...
     Raises ``UsageError`` where a scale was asked for and none of them is run by torch.
     """
     from pi_convert.defaults import resolve_model
+    from pi_convert.evaluate.statistics import limit_threads
 
+    limit_threads(named[0][1].options.threads)
     models = []
     for reference, opening in named:
         resolved = resolve_model(reference)

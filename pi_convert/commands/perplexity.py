@@ -141,6 +141,10 @@ def command(
 
     require_report(report, force=force)
     options = PerplexityOptions(**take(flags, PerplexityOptions))
+    if options.stride is not None and options.protocol == "llama.cpp":
+        raise click.UsageError(
+            "--protocol llama.cpp scores the second half of every window: it takes no --stride."
+        )
     run = RunOptions(**flags)
     opening = Opening(run, scale, runtime, revision, original_context)
     opened = open_models([(model, opening) for model in models or (None,)])

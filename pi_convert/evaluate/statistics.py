@@ -103,8 +103,22 @@ def negative_log_likelihood(logits: Logits, following: npt.NDArray[np.int32]) ->
     )
 
 
+def limit_threads(threads: int | None) -> None:
+    """No more than so many threads from here on, in the whole process; None: every core."""
+    _pool.cache_clear()
+    _settings.threads = threads
+
+
+@dataclass(slots=True)
+class _Settings:
+    threads: int | None = None
+
+
+_settings = _Settings()
+
+
 def _map(function: Callable[[slice], _Found], parts: Sequence[slice]) -> Iterator[_Found]:
-    """In as many threads as there are cores; numpy lets go of the interpreter meanwhile."""
+    """In so many threads; numpy lets go of the interpreter meanwhile."""
     if len(parts) < 2:
         return map(function, parts)
     return _pool().map(function, parts)
@@ -112,7 +126,7 @@ def _map(function: Callable[[slice], _Found], parts: Sequence[slice]) -> Iterato
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores())
+    return ThreadPoolExecutor(_settings.threads or cores())
 
 
 @dataclass(frozen=True, slots=True)

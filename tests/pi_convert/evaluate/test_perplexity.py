@@ -249,6 +249,9 @@ def test_contexts_that_are_not_held_are_refused_before_work(
     words = ["--scale", "2", "--contexts", "64", "--stride", "8"]
     assert cli.run(["perplexity", str(scaled["gguf"]), *words]) == 2
     assert "--runtime pytorch takes its weights" in capfd.readouterr().err
+    words = ["--protocol", "llama.cpp", "--contexts", "64", "--stride", "8"]
+    assert cli.run(["perplexity", str(scaled["gguf"]), *words]) == 2
+    assert "it takes no --stride" in capfd.readouterr().err
 
 
 def test_models_with_other_tokens_are_not_compared(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pi_convert.evaluate.statistics import (
     clustered_mean,
     compare_positions,
     kl_divergence,
+    limit_threads,
     negative_log_likelihood,
 )
 
@@ -28,6 +31,30 @@ def test_kl_is_torchs_in_float64(spread: float, agrees: float) -> None:
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     assert np.allclose(kl_divergence(p, q), expected.numpy(), rtol=agrees, atol=0)
     assert np.array_equal(kl_divergence(p, p), np.zeros(len(p)))
+
+
+def test_no_more_threads_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    log = np.log
+
+    def counted(values: np.ndarray) -> np.ndarray:
+        seen.add(threading.get_ident())
+        if limit == 3:
+            together.wait()
+        result: np.ndarray = log(values)
+        return result
+
+    monkeypatch.setattr(np, "log", counted)
+    following = np.zeros(48, dtype=np.int32)  # three parts of 16 positions
+    try:
+        for limit in (1, 3):
+            together = threading.Barrier(limit, timeout=30)
+            seen.clear()
+            limit_threads(limit)
+            negative_log_likelihood(logits(0, rows=48), following)
+            assert len(seen) == limit
+    finally:
+        limit_threads(None)
 
 
 def test_paired_nlls_are_torchs_and_so_is_their_difference_between_near_models() -> None:
