@@ -66,7 +66,8 @@ class VerifyOptions:
     "texts",
     type=PATH,
     multiple=True,
-    help="UTF-8 text to measure on; may be repeated. Default: the Python documentation.",
+    help="UTF-8 text to measure on, a file or a folder; may be repeated. Default: the Python"
+    " documentation.",
 )
 @click.option(
     "--max-kl",

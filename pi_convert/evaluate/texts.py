@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.errors import SourceError
 
+TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text", "")
 _TABLES = (".jsonl", ".parquet")
 
 
@@ -28,15 +29,18 @@ def default_documents() -> tuple[Document, ...]:
 
 
 def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
-    """One document a file. Raises ``SourceError`` for one that is not there or holds no text."""
+    """One document a file; of a folder every text file at any depth, in order.
+
+    Raises ``SourceError`` for one that is not there or holds no text.
+    """
     documents = []
-    for path in paths:
+    for path in (file for given in paths for file in _files(given)):
         try:
             text = path.read_text("utf-8")
         except OSError as error:
             raise SourceError(
                 f"{path}: {error.strerror}",
-                hint="Check the path: expected a UTF-8 text file; several are given one by one.",
+                hint="Check the path: expected a UTF-8 text file or a folder of them.",
             ) from error
         except UnicodeDecodeError as error:
             raise SourceError(
@@ -54,3 +58,15 @@ def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
             raise SourceError(f"{path} is empty", hint="Give a file with text in it.")
         documents.append(Document(path.name, text))
     return tuple(documents)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES)
+    found = [file for file in inside if file.is_file()]
+    if not found:
+        raise SourceError(
+            f"{path}: no text in it", hint=f"Expected {', '.join(TEXT_SUFFIXES[:-1])} files."
+        )
+    return found

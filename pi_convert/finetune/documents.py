@@ -14,9 +14,9 @@ from pathlib import Path
 from converters.errors import EnvironmentNotReadyError, SourceError
 from converters.files import sha256_file
 from converters.install import install_line
+from pi_convert.evaluate.texts import TEXT_SUFFIXES
 
 TEXT_KEY = "text"
-_TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text", "")
 _TABLE_SUFFIXES = (".jsonl", ".parquet")
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 256
@@ -180,7 +180,7 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _is_named_text(path: Path) -> bool:
-    return path.suffix.lower() in (*_TEXT_SUFFIXES[:-1], *_TABLE_SUFFIXES)
+    return path.suffix.lower() in (*TEXT_SUFFIXES[:-1], *_TABLE_SUFFIXES)
 
 
 def _not_installed(error: ImportError) -> EnvironmentNotReadyError:

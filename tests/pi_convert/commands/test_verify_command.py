@@ -121,9 +121,11 @@ def test_a_text_that_is_not_there_is_one_clear_error(
     model: Path, artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "latin.txt").write_bytes("Ärger".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights.bin").write_bytes(b"1")
     for name, says, hint in (
         ("missing.txt", "No such file or directory", "Check the path"),
-        (".", "Is a directory", "expected a UTF-8 text file"),
+        ("folder", "no text in it", "Expected .txt, .md"),
         ("latin.txt", "is no UTF-8 text", "iconv -t utf-8"),
     ):
         path = tmp_path / name

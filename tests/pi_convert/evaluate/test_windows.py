@@ -74,6 +74,15 @@ def test_the_default_text_is_in_one_order() -> None:
     assert len(names) > 50
 
 
+def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("c.txt", "b/a.md", "a.TXT", "weights.bin", "b/b.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path.parent / "alone.json").write_text("alone")
+    given = [tmp_path.parent / "alone.json", tmp_path]
+    assert [d.text for d in read_documents(given)] == ["alone", "a.TXT", "b/a.md", "c.txt"]
+
+
 def test_a_text_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
