@@ -80,8 +80,8 @@ def text_option(function: Decorated) -> Decorated:
         "texts",
         type=PATH,
         multiple=True,
-        help="UTF-8 text, one document a file, or a folder of them; may be repeated. Default: the Python"
-        " documentation.",
+        help="UTF-8 text, one document a file, or a folder of them; may be repeated. Default: the"
+        " Python documentation.",
     )(function)
 
 
