@@ -45,7 +45,7 @@ def run_options(function: Decorated) -> Decorated:
         ),
         click.option(
             "--ubatch",
-            type=click.IntRange(min=32),
+            type=click.IntRange(min=32, max=512),
             default=512,
             metavar="N",
             help="Tokens llama.cpp evaluates at once. Default: 512.",

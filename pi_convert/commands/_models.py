@@ -49,11 +49,14 @@ def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...
     from pi_convert.evaluate.statistics import limit_threads
 
     limit_threads(named[0][1].options.threads)
-    models = []
+    models, runtimes_of = [], {}
     for reference, opening in named:
         resolved = resolve_model(reference)
         click.echo(resolved.announcement, err=True)
         models.append(open_model(resolved.reference, opening))
+        if opening.runtime is not None:
+            runtimes_of[resolved.reference] = opening.runtime
+    _require_used(named[0][1].options, models, runtimes_of)
     scaled = any(opening.scale is not None for _, opening in named)
     if scaled and all(model.runtime != "torch" for model in models):
         raise click.UsageError(
@@ -63,14 +66,37 @@ def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...
     return tuple(models)
 
 
-def require_contexts(models: Sequence[Model], context: int, *, extrapolate: bool) -> None:
-    """Refuses a context that a model or this machine's free memory does not hold."""
-    from pi_convert.evaluate.models import require_context
+def _require_used(
+    options: RunOptions, models: Sequence[Model], runtimes_of: Mapping[str, str]
+) -> None:
+    """Raises ``UsageError`` for an option that touches none of the models."""
+    given = {
+        "--kv-cache-type": options.kv_cache_type != "f16",
+        "--flash-attention": options.flash_attention is not None,
+        "--n-gpu-layers": options.n_gpu_layers is not None,
+    }
+    if any(given.values()) and all(model.runtime != "llama.cpp" for model in models):
+        flag = next(flag for flag, is_given in given.items() if is_given)
+        raise click.UsageError(f"{flag} is of llama.cpp, which runs none of these models.")
+    if runtimes_of and not any(name.lower().endswith(".gguf") for name in runtimes_of):
+        raise click.UsageError("a runtime is chosen for GGUF files, and none of these is one.")
+
+
+def require_contexts(
+    models: Sequence[Model], context: int, *, extrapolate: bool, at_once: bool = False
+) -> None:
+    """Refuses a context that a model or this machine's free memory does not hold.
+
+    ``at_once``: all models are in memory together.
+    """
+    from pi_convert.evaluate.models import require_context, require_memory
     from pi_convert.report.runlines import available_memory_bytes
 
     free = available_memory_bytes()
     for model in models:
         require_context(model, context, free_bytes=free, beyond=extrapolate)
+    if at_once:
+        require_memory(models, context, free_bytes=free)
 
 
 def open_model(reference: str, opening: Opening) -> Model:

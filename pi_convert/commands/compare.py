@@ -139,7 +139,7 @@ def command(
     )
     if context is None:
         context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
-    require_contexts(models, context, extrapolate=extrapolate)
+    require_contexts(models, context, extrapolate=extrapolate, at_once=True)
     count = _DEFAULT_DOCUMENTS if documents is None else documents
     asked = Asked(context, count, protocol, max_windows or 0)
     found = _compare(models, read_texts(texts), asked, run)

@@ -35,6 +35,19 @@ class ScaleType(click.ParamType[float]):
         return scale
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range; nan, which every range of click's holds, and infinity are refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, or a usage error (exit 2)."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 def model_argument(function: Decorated) -> Decorated:
     """``[MODEL]``."""
     return click.argument("model", required=False)(function)

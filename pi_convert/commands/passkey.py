@@ -17,6 +17,7 @@ from pi_convert.commands._measuring import (
     write_page,
 )
 from pi_convert.commands.options import (
+    FiniteRange,
     json_option,
     original_context_option,
     revision_option,
@@ -68,7 +69,7 @@ class PasskeyOptions:
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     metavar="MINUTES",
     help="Fewer trials, then fewer distances, so that a model takes no longer than this.",
 )

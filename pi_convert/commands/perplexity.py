@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pi_convert.evaluate.texts import Document
     from pi_convert.report.perplexity import LlamaCppReport, PerplexityReport
 
+_DEFAULT_WINDOWS = 16
 PROTOCOLS = ("paper", "llama.cpp")
 _DEFAULT_CONTEXTS = (512, 1024, 2048)
 _DEFAULT_STRIDE = 256
@@ -62,7 +63,7 @@ class PerplexityOptions:
 
     contexts: tuple[int, ...] | None
     stride: int | None
-    max_windows: int
+    max_windows: int | None
     join: bool
     extrapolate: bool
     protocol: str
@@ -87,9 +88,9 @@ class PerplexityOptions:
 @click.option(
     "--max-windows",
     type=click.IntRange(min=0),
-    default=16,
     metavar="N",
-    help="Windows a context, spread evenly over the texts; 0: every one. Default: 16.",
+    help="Windows a context, spread evenly over the texts; of protocol llama.cpp the first ones."
+    " 0: every one. Default: 16; of protocol llama.cpp every one.",
 )
 @click.option(
     "--join",
@@ -212,7 +213,7 @@ def _as_the_paper(
         runs,
         options.contexts or (),
         stride=options.stride or _DEFAULT_STRIDE,
-        most=options.max_windows,
+        most=_DEFAULT_WINDOWS if options.max_windows is None else options.max_windows,
         joined=options.join,
     )
     if not asked.as_json:
@@ -252,7 +253,7 @@ def _as_llamacpp(
         for model in models:
             run = encode_whole(model, documents)
             windows = [
-                llamacpp_windows(run, model.bos, context, asked.options.max_windows)
+                llamacpp_windows(run, model.bos, context, asked.options.max_windows or 0)
                 for context in asked.options.contexts or ()
             ]
             cost = cost_text(bench, [model], [window for group in windows for window in group])

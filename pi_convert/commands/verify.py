@@ -95,7 +95,7 @@ class VerifyOptions:
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: every core.")
 @click.option(
     "--ubatch",
-    type=click.IntRange(min=32),
+    type=click.IntRange(min=32, max=512),
     default=512,
     metavar="N",
     help="Tokens llama.cpp evaluates at once. Default: 512.",

@@ -58,8 +58,6 @@ def require_context(
     ``beyond`` allows windows past L', which is extrapolation. Raises ``UnsupportedError`` and
     ``EnvironmentNotReadyError``.
     """
-    from pi_convert.evaluate.wording import gib
-
     held, trained = model.held_context, model.context
     if held is not None and context_tokens > held:
         raise UnsupportedError(
@@ -72,10 +70,19 @@ def require_context(
             f" {trained:,} (L')",
             hint="Give smaller contexts, or --extrapolate to see what happens past L'.",
         )
-    needed = model.sizes.weight_bytes + model.sizes.cache_bytes * context_tokens
+    require_memory([model], context_tokens, free_bytes=free_bytes)
+
+
+def require_memory(models: Sequence[Model], context_tokens: int, *, free_bytes: int) -> None:
+    """Raises ``EnvironmentNotReadyError`` where memory does not hold all of them at once."""
+    from pi_convert.evaluate.wording import gib
+
+    needed = sum(m.sizes.weight_bytes + m.sizes.cache_bytes * context_tokens for m in models)
     if needed > _MEMORY_SHARE * free_bytes:
+        names = " and ".join(model.label for model in models)
+        verb = "need" if len(models) > 1 else "needs"
         raise EnvironmentNotReadyError(
-            f"{model.label} with {context_tokens:,} tokens needs {gib(needed)} of memory, and"
+            f"{names} with {context_tokens:,} tokens {verb} {gib(needed)} of memory, and"
             f" {gib(free_bytes)} are free",
             hint="Give smaller contexts, a smaller --kv-cache-type, or free some memory.",
         )

@@ -148,7 +148,16 @@ def plan_passkey(
 
     Raises ``UnsupportedError`` for a context too short for the prompt with one filler line.
     """
-    filler = _fillers(model, context_tokens)
+    most = _most_lines(model, context_tokens)
+    for filler in range(most, 0, -1):  # some keys are more tokens than the one that was tried
+        plan = _plan(model, filler, depths, trials, seed)
+        if plan.longest <= context_tokens:
+            return plan
+    raise _too_short(context_tokens, plan.longest)
+
+
+def _plan(model: Model, filler: int, depths: int, trials: int, seed: int) -> PasskeyPlan:
+    """Every prompt with ``filler`` lines around its key."""
     behind = sorted({max(1, round(filler * (i + 1) / depths)) for i in range(depths)})
     draw = random.Random(seed)
     prompts = []
@@ -242,18 +251,20 @@ def _by_depth(answers: Sequence[Answer]) -> tuple[AtDepth, ...]:
     return tuple(out)
 
 
-def _fillers(model: Model, context_tokens: int) -> int:
-    """How many lines of filler the prompt and its answer leave room for."""
+def _most_lines(model: Model, context_tokens: int) -> int:
+    """How many lines of filler the prompt and its answer leave room for, by one key."""
     head, key = _head(model, 0), "0" * DIGITS
-    fixed, longer = (len(_prompt(model, head, key, n, (0, 0)).tokens) for n in (1, 2))
-    line = longer - fixed
-    room = (context_tokens - fixed) // line
-    if room < 1:
-        raise UnsupportedError(
-            f"{context_tokens:,} tokens hold no passkey prompt, which has {fixed + line} at least",
-            hint="Give a larger --max-context.",
-        )
-    return room  # with the one in ``fixed`` a line is left to what joins cost
+    one, two = (len(_prompt(model, head, key, n, (0, 0)).tokens) for n in (1, 2))
+    if one > context_tokens:
+        raise _too_short(context_tokens, one)
+    return 1 + (context_tokens - one) // (two - one)
+
+
+def _too_short(context_tokens: int, least: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"{context_tokens:,} tokens hold no passkey prompt, which has {least} at least",
+        hint="Give a larger --max-context.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

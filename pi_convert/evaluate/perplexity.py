@@ -15,7 +15,7 @@ from math import exp
 
 import numpy as np
 
-from converters.errors import SourceError
+from converters.errors import SourceError, UnsupportedError
 from converters.progress import Progress, silent
 from pi_convert.evaluate.statistics import (
     Mean,
@@ -217,6 +217,9 @@ class LlamaCppPerplexity:
     tokens: int
 
 
+_LEAST_WINDOW = 3  # tokens
+
+
 def llamacpp_windows(
     run: TokenStream, bos: Sequence[int], context_tokens: int, most: int = 0
 ) -> tuple[Window, ...]:
@@ -224,8 +227,14 @@ def llamacpp_windows(
 
     BOS stands before the text where the model adds one, and in place of each window's first token;
     windows do not overlap, and the second half of each is scored. Raises ``SourceError`` for a text
-    shorter than two windows, as llama-perplexity refuses it.
+    shorter than two windows, as llama-perplexity refuses it, and ``UnsupportedError`` for windows
+    in which nothing is scored.
     """
+    if context_tokens < _LEAST_WINDOW:
+        raise UnsupportedError(
+            f"in windows of {context_tokens} tokens llama-perplexity's protocol scores none",
+            hint=f"Give a context of {_LEAST_WINDOW} tokens or more.",
+        )
     head = np.asarray(bos, np.int32)
     tokens = np.concatenate([head, run.tokens])
     document = np.concatenate([np.zeros(len(head), np.int32), run.document])

@@ -36,7 +36,7 @@ def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
     documents = []
     for path in (file for given in paths for file in _files(given)):
         try:
-            text = path.read_text("utf-8")
+            text = path.read_bytes().decode("utf-8")  # line ends as they are
         except OSError as error:
             raise SourceError(
                 f"{path}: {error.strerror}",

@@ -41,9 +41,14 @@ def plan_text(plan: PasskeyPlan, asked: tuple[int, int], seconds: float) -> str:
     sample = ""
     if (plan.depths, plan.trials) != asked:
         sample = f" (of {asked[0]} x {asked[1]} asked for)"
+    counts = len(plan.prompts), plan.depths, plan.trials
+    prompts, distances, trials = (
+        f"{count} {noun}{'s'[: count != 1]}"
+        for count, noun in zip(counts, ("prompt", "distance", "trial"), strict=True)
+    )
     return (
-        f"about {duration(seconds)}: {len(plan.prompts)} prompts of up to {plan.longest:,} tokens,"
-        f" {plan.depths} distances x {plan.trials} trials{sample}, {plan.fed:,} tokens to feed"
+        f"about {duration(seconds)}: {prompts} of up to {plan.longest:,} tokens,"
+        f" {distances} x {trials}{sample}, {plan.fed:,} tokens to feed"
     )
 
 

@@ -94,6 +94,17 @@ def test_too_short_a_context_is_refused(model: Model) -> None:
         plan_passkey(model, 100)
 
 
+def test_prompts_fill_the_context_but_for_a_line(model: Model) -> None:
+    line = len(model.encode(FILLER))
+    with pytest.raises(UnsupportedError) as refused:
+        plan_passkey(model, 100)
+    least = int(re.search(r"has (\d+) at least", str(refused.value))[1])  # type: ignore[index]
+    spread = 3  # tokens by which the keys of this tokenizer differ
+    for context in range(least + spread, least + 3 * line, 7):
+        longest = plan_passkey(model, context, depths=2, trials=3).longest
+        assert context - line - spread <= longest <= context
+
+
 def test_one_pass_gives_transformers_own_numbers(model: Model, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -225,7 +236,7 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr()
     found = json.loads(printed.out)
     assert (found["depths_asked"], found["trials_asked"]) == (3, 2)
-    assert "2 distances x 1 trials (of 3 x 2 asked for)" in printed.err
+    assert "2 distances x 1 trial (of 3 x 2 asked for)" in printed.err
     (one,) = found["models"]
     assert len(one["answers"]) == len(one["depths"]) == 2
     assert cli.run(["passkey", str(folder), "--max-context", "513"]) == 1

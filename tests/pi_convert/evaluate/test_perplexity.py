@@ -20,7 +20,7 @@ from converters.targets.gguf import plan_gguf, write_gguf
 from pi_convert import cli
 from pi_convert.commands._measuring import RunOptions
 from pi_convert.commands._models import Opening, open_model
-from pi_convert.evaluate.models import require_context
+from pi_convert.evaluate.models import require_context, require_memory
 from pi_convert.evaluate.perplexity import measure_perplexity, plan_windows
 from pi_convert.evaluate.windows import TokenStream
 from tests.tiny import write_tiny, write_tiny_onnx
@@ -252,6 +252,26 @@ def test_contexts_that_are_not_held_are_refused_before_work(
     words = ["--protocol", "llama.cpp", "--contexts", "64", "--stride", "8"]
     assert cli.run(["perplexity", str(scaled["gguf"]), *words]) == 2
     assert "it takes no --stride" in capfd.readouterr().err
+    words = ["--protocol", "llama.cpp", "--contexts", "2"]
+    assert cli.run(["perplexity", str(scaled["gguf"]), *words]) == 1
+    assert "llama-perplexity's protocol scores none" in capfd.readouterr().err
+    for words, says in (
+        (["--runtime", "llama.cpp"], "a runtime is chosen for GGUF files"),
+        (["--kv-cache-type", "q8_0"], "--kv-cache-type is of llama.cpp"),
+        (["--no-flash-attention"], "--flash-attention is of llama.cpp"),
+        (["--n-gpu-layers", "0"], "--n-gpu-layers is of llama.cpp"),
+    ):
+        assert cli.run(["perplexity", str(folder), *words]) == 2
+        assert says in capfd.readouterr().err
+
+
+def test_two_models_at_once_need_the_memory_of_both(folder: Path) -> None:
+    model = open_model(str(folder), Opening(ONE))
+    need = model.sizes.weight_bytes + 64 * model.sizes.cache_bytes
+    room = int(1.5 * need / 0.9)
+    require_memory([model], 64, free_bytes=room)
+    with pytest.raises(EnvironmentNotReadyError, match=r" and .* with 64 tokens need "):
+        require_memory([model, model], 64, free_bytes=room)
 
 
 def test_models_with_other_tokens_are_not_compared(
@@ -278,6 +298,7 @@ def llama_perplexity(path: Path, text: str, context: int, *, bos: bool) -> tuple
     settings = api.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = context
     settings.n_threads = settings.n_threads_batch = 1
+    settings.flash_attn_type = 0
     ctx = api.llama_init_from_model(model, settings)
     first, nll, nll2, scored = context // 2, 0.0, 0.0, 0
     for start in range(0, count // context * context, context):
@@ -312,12 +333,13 @@ def test_the_protocol_of_llama_perplexity(
     keys = {"tokenizer.ggml.add_bos_token": bos}
     path = write_tiny_gguf(tmp_path / "tiny.gguf", folder, keys=keys)
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i}. {WORDS}" for i in range(20)))
-    right = llama_perplexity(path, text.read_text().removesuffix("\n"), 64, bos=bos)
-    words = ["--protocol", "llama.cpp", "--contexts", "64", "--max-windows", "0", "--threads", "1"]
+    text.write_bytes("".join(f"{i}. {WORDS}\r\n" for i in range(20)).encode())
+    right = llama_perplexity(path, text.read_bytes().decode().removesuffix("\n"), 64, bos=bos)
+    words = ["--protocol", "llama.cpp", "--contexts", "64", "--threads", "1"]
+    words.append("--no-flash-attention")
     assert cli.run(["perplexity", str(path), "--text", str(text), *words, "--json"]) == 0
     (found,) = json.loads(capfd.readouterr().out)["models"][0]["contexts"]
-    # One batch a window there, two here: llama.cpp's flash attention rounds to f16 by batch.
+    # One batch a window there, two here: flash attention would round to f16 by batch.
     assert found["perplexity"] == pytest.approx(right[0], rel=1e-4)
     assert found["standard_error_of_independent_tokens"] == pytest.approx(right[1], rel=1e-3)
     assert found["tokens"] == 31 * found["windows"]
