@@ -8,7 +8,6 @@ trainable_params.bin beside it. A folder's adapter_config.json names the base.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,12 @@ from converters.encodings import BF16, F16, F32, Encoding
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.rope import RopeParameters
 from converters.rope.config import RopeContext, read_config
+from converters.sources.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD
 from converters.sources.pytorch_bin import read_pytorch
 from converters.tensor import Tensor
 from converters.tokenizers import read_tokenizer
 
-ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE = "trainable_params.bin"  # LongLoRA's
 KIND = "adapter"
 
@@ -37,17 +36,6 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FULL_WEIGHTS = ("model.safetensors*", "pytorch_model*.bin*")
 _PREFIX = "base_model.model."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# Settings under which the merge would be another one.
-_PLAIN: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None, []),
-}
-
 OpenBase = Callable[[str], Checkpoint]
 Floats = npt.NDArray[np.float32]
 
@@ -74,9 +62,8 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
     for adapters that are merged otherwise.
     """
     where = folder / ADAPTER_CONFIG
-    settings = read_json_object(where)
-    _require_plain(settings, where)
-    base = open_base(_base_reference(settings, folder))
+    settings = read_adapter_config(where)
+    base = open_base(_base_reference(settings.base, folder))
     _require_floats(base, where)
     pairs, whole = _split(_stored(folder), folder)
     tensors = dict(base.tensors)
@@ -86,7 +73,7 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
     if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
         tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
     for name, pair in pairs.items():
-        scale = _scale(settings, pair.a.shape[0], where)
+        scale = settings.scale(pair.a.shape[0])
         tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
     config = {**base.config, "vocab_size": hparams.vocab_size}
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
@@ -107,22 +94,7 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
     )
 
 
-def _require_plain(config: Mapping[str, object], where: Path) -> None:
-    for key, allowed in _PLAIN.items():
-        if config.get(key) not in allowed:
-            raise UnsupportedError(
-                f"{where}: {key} is {config.get(key)!r}",
-                hint="Only plain LoRA adapters are merged; merge this one with PEFT itself.",
-            )
-
-
-def _base_reference(config: Mapping[str, object], folder: Path) -> str:
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise SourceError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}",
-            hint="State the folder or hub id of the model that it was trained on.",
-        )
+def _base_reference(base: str, folder: Path) -> str:
     beside = folder / base
     return str(beside) if not Path(base).is_absolute() and beside.is_dir() else base
 
@@ -230,14 +202,6 @@ def _padded(head: Tensor, rows: int) -> Tensor:
         return np.concatenate([old, new[max(0, start - head.rows) : max(0, stop - head.rows)]])
 
     return Tensor(head.name, (rows, *head.shape[1:]), head.encoding, read)
-
-
-def _scale(config: Mapping[str, object], rank: int, where: Path) -> float:
-    """Alpha / rank; the rank is the tensors' own, so that ``rank_pattern`` is heeded."""
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise SourceError(f"{where}: lora_alpha is {alpha!r}", hint="Expected a number.")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _merged(weight: Tensor, pair: _Pair, scale: float, folder: Path) -> Tensor:

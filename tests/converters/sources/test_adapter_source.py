@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,35 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 def adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A saved PEFT adapter with random factors; returns PEFT's merged weights."""
+    wrapped = trained(base, dtype, **more)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload().state_dict()
+
+
+def trained(
+    base: Path, dtype: torch.dtype = torch.float32, initial: Path | None = None, **more: Any
+) -> Any:
+    """A PEFT model with random factors; ``initial`` gets the adapter as it is before training."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = peft.LoraConfig(r=8, lora_alpha=24, target_modules=TARGETS, **more)
     wrapped = peft.get_peft_model(model, config)
+    if initial is not None:
+        # as PEFT's examples/pissa_finetuning/pissa_finetuning.py has it
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(initial)
+        wrapped.peft_config["default"].init_lora_weights = more["init_lora_weights"]
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 value.add_(torch.randn_like(value) * 0.1)
-    wrapped.save_pretrained(folder)
-    return wrapped.merge_and_unload().state_dict()
+    return wrapped
+
+
+def assert_same_weights(folder: Path, expected: Any) -> None:
+    for name, tensor in open_checkpoint(str(folder)).tensors.items():
+        value = tensor.read_f32(0, tensor.rows).reshape(tensor.shape)
+        assert np.allclose(value, expected[name].numpy(), rtol=0, atol=MERGE), name
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -171,10 +191,59 @@ def test_a_recorded_factor_is_used_and_does_not_compose(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "tuned"))
 
 
-def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned", use_dora=True)
-    with pytest.raises(UnsupportedError, match="use_dora"):
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", False])
+def test_inits_that_leave_the_base_are_merged(tmp_path: Path, init: str | bool) -> None:
+    base = write_tiny(tmp_path / "base")
+    expected = adapter(base, tmp_path / "tuned", init_lora_weights=init)
+    assert_same_weights(tmp_path / "tuned", expected)
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_inits_that_change_the_base_are_refused_and_the_hint_helps(
+    tmp_path: Path, init: str, rslora: bool
+) -> None:
+    base, initial = write_tiny(tmp_path / "base"), tmp_path / "initial"
+    wrapped = trained(base, initial=initial, init_lora_weights=init, use_rslora=rslora)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UnsupportedError, match=f"init_lora_weights is '{init}'") as raised:
         open_checkpoint(str(tmp_path / "tuned"))
+    assert "path_initial_model_for_weight_conversion" in raised.value.hint
+    wrapped.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(initial)
+    )
+    assert_same_weights(tmp_path / "plain", wrapped.merge_and_unload().state_dict())
+
+
+VARIANTS = [f.name for f in fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((name, {"some": 1}) for name in VARIANTS),
+        *(("init_lora_weights", name) for name in ("corda", "loftq", "lora_ga", "mica")),
+        ("init_lora_weights", ["gaussian"]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("bias", "all"),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("trainable_token_indices", [7]),
+        ("use_qalora", True),
+        ("of_a_later_peft", True),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    path = tmp_path / "tuned" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UnsupportedError, match=f"{key} is"):
+        open_checkpoint(str(tmp_path / "tuned"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: None, "later": False}))
+    open_checkpoint(str(tmp_path / "tuned"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
