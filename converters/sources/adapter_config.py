@@ -44,10 +44,17 @@ class AdapterConfig:
     revision: str | None  # of a base on the hub
     alpha: float
     rslora: bool
+    replaced: tuple[str, ...]  # modules_to_save: ends of the names of modules with weights anew
+    keeps_tied: bool  # ensure_weight_tying
 
     def scale(self, rank: int) -> float:
         """Alpha / rank; the rank is the tensors' own, so that ``rank_pattern`` is heeded."""
         return self.alpha / math.sqrt(rank) if self.rslora else self.alpha / rank
+
+    def unties(self, weight: str) -> bool:
+        """Whether ``weight`` is a copy that no other module shares; as PEFT, by the name's end."""
+        module = weight.removesuffix(".weight")
+        return not self.keeps_tied and any(module.endswith(end) for end in self.replaced)
 
 
 def read_adapter_config(where: Path) -> AdapterConfig:
@@ -73,7 +80,23 @@ def read_adapter_config(where: Path) -> AdapterConfig:
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise SourceError(f"{where}: lora_alpha is {shown(alpha)}", hint="Expected a number.")
-    return AdapterConfig(base, revision or None, float(alpha), bool(config.get("use_rslora")))
+    return AdapterConfig(
+        base=base,
+        revision=revision or None,
+        alpha=float(alpha),
+        rslora=bool(config.get("use_rslora")),
+        replaced=_names(config.get("modules_to_save"), where),
+        keeps_tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def _names(value: object, where: Path) -> tuple[str, ...]:
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(
+            f"{where}: modules_to_save is {shown(value)}", hint="Expected a list of names, or null."
+        )
+    return tuple(names)
 
 
 def _require_plain(config: Mapping[str, object], where: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.architectures.hparams import HParams
+from converters.architectures.spec import check_tensors
 from converters.checkpoint import Checkpoint, Origin
 from converters.containers.safetensors import read_safetensors
 from converters.containers.strict_json import read_json_object
@@ -23,8 +24,8 @@ from converters.encodings import BF16, F16, F32, Encoding
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.rope import RopeParameters
 from converters.rope.config import RopeContext, read_config
-from converters.sources.adapter_config import ADAPTER_CONFIG, read_adapter_config
-from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD
+from converters.sources.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD, same_bytes
 from converters.sources.pytorch_bin import read_pytorch
 from converters.tensor import Tensor
 from converters.tokenizers import read_tokenizer
@@ -35,7 +36,9 @@ KIND = "adapter"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FULL_WEIGHTS = ("model.safetensors*", "pytorch_model*.bin*")
 _PREFIX = "base_model.model."
+_BEFORE = ".original_module."  # a replaced weight as it was; saved where embeddings were resized
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
 OpenBase = Callable[[str], Checkpoint]
 Floats = npt.NDArray[np.float32]
 
@@ -65,20 +68,13 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
     settings = read_adapter_config(where)
     base = open_base(_base_reference(settings.base, folder))
     _require_floats(base, where)
-    pairs, whole = _split(_stored(folder), folder)
-    tensors = dict(base.tensors)
-    hparams = _resized(base.hparams, whole, folder)
-    for name, tensor in whole.items():
-        tensors[name] = _replacement(name, tensor, tensors, hparams, folder)
-    if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
-        tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
-    for name, pair in pairs.items():
-        scale = settings.scale(pair.a.shape[0])
-        tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
+    hparams, tensors = _merged_tensors(base, settings, folder)
     config = {**base.config, "vocab_size": hparams.vocab_size}
+    if hparams.tied_embeddings != base.hparams.tied_embeddings:
+        config["tie_word_embeddings"] = hparams.tied_embeddings
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     vocabulary = base.vocabulary
-    if has_tokenizer or hparams != base.hparams:
+    if has_tokenizer or hparams.vocab_size != base.hparams.vocab_size:
         place = folder if has_tokenizer else base.origin.path
         vocabulary = read_tokenizer(place, hparams.vocab_size, config=config)
     name = folder.resolve().name
@@ -90,8 +86,30 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
         tensors=tensors,
         vocabulary=vocabulary,
         card=dataclasses.replace(base.card, name=name),
+        groups=base.architecture.groups_present(tensors),
         config=config,
     )
+
+
+def _merged_tensors(
+    base: Checkpoint, settings: AdapterConfig, folder: Path
+) -> tuple[HParams, dict[str, Tensor]]:
+    """The sizes and tensors after the merge. Raises ``TensorError`` where the two do not fit."""
+    pairs, whole = _split(_stored(folder), folder)
+    whole, tensors = _with_ties(whole, base, settings)
+    hparams = _resized(base.hparams, whole, folder)
+    hparams = dataclasses.replace(hparams, tied_embeddings=HEAD not in tensors)
+    for name, tensor in whole.items():
+        tensors[name] = _replacement(name, tensor, tensors, hparams, folder)
+    if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
+        tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
+    for name, pair in pairs.items():
+        scale = settings.scale(pair.a.shape[0])
+        tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
+    groups = base.architecture.groups_present(tensors)
+    expected = {n: shape for n, _, shape, _ in base.architecture.expected_tensors(hparams, groups)}
+    check_tensors(expected, {n: tensor.shape for n, tensor in tensors.items()}, str(folder))
+    return hparams, {name: tensors[name] for name in expected}
 
 
 def _base_reference(base: str, folder: Path) -> str:
@@ -130,6 +148,8 @@ def _split(
     whole: dict[str, Tensor] = {}
     for stored_name, tensor in stored.items():
         name = stored_name.removeprefix(_PREFIX)
+        if _BEFORE in name:
+            continue
         for mark in (".modules_to_save.default", ".modules_to_save", ".default"):
             name = name.replace(mark, "")
         weight, lora, rest = name.partition(".lora_")
@@ -150,6 +170,25 @@ def _split(
     return {name: _Pair(found["A"], found["B"]) for name, found in factors.items()}, whole
 
 
+def _with_ties(
+    whole: dict[str, Tensor], base: Checkpoint, settings: AdapterConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights that replace the base's, the base's), with a head only where it has its own.
+
+    On a tied base PEFT saves one tensor under both names where it saves embeddings on its own
+    account. What ``modules_to_save`` names is a copy, and the other one of the two stays as it was.
+    """
+    tensors = dict(base.tensors)
+    if not base.hparams.tied_embeddings:
+        return whole, tensors
+    pair = [whole[name] for name in (EMBEDDING, HEAD) if name in whole]
+    if len(pair) == 2 and same_bytes(*pair):
+        return {name: tensor for name, tensor in whole.items() if name != HEAD}, tensors
+    if any(settings.unties(tensor) for tensor in (EMBEDDING, HEAD) if tensor in whole):
+        tensors[HEAD] = dataclasses.replace(tensors[EMBEDDING], name=HEAD)
+    return whole, tensors
+
+
 def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HParams:
     """The sizes with the adapter's number of embedding rows, where it has more."""
     rows = {whole[name].shape[0] for name in (EMBEDDING, HEAD) if name in whole}
@@ -166,8 +205,9 @@ def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HPa
 def _target(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
     if name not in tensors and name == HEAD:
         raise TensorError(
-            f"{folder}: the adapter has its own {name}, and the base's is its embedding (tied)",
-            hint="Merge it with PEFT, which unties them, and give the folder that it saves.",
+            f"{folder}: the adapter changes {name}, which is the base's embedding (tied)",
+            hint=f"Untie the base: store its embedding as {name} too, with tie_word_embeddings"
+            " false.",
         )
     if name not in tensors:
         raise TensorError(

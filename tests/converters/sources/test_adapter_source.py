@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from dataclasses import fields
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
+from converters.targets.huggingface import write_folder
 from pi_convert import cli
 from pi_convert.commands.export import command as export
 from pi_convert.commands.inspect import command as inspect
@@ -25,6 +27,8 @@ from tests.tiny import VOCABULARY, write_tiny
 
 # float32: PEFT multiplies whole matrices, we rows of them; sums of 8 products round otherwise.
 MERGE = 1e-6
+# float32 on the CPU, two layers, logits of standard deviation 2; see MERGE.
+LOGITS = 1e-4
 # peft 0.21 asks transformers 5.24 by a name that is deprecated there
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
@@ -38,12 +42,19 @@ def adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **more
 
 
 def trained(
-    base: Path, dtype: torch.dtype = torch.float32, initial: Path | None = None, **more: Any
+    base: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    initial: Path | None = None,
+    rows: int = VOCABULARY,
+    **more: Any,
 ) -> Any:
     """A PEFT model with random factors; ``initial`` gets the adapter as it is before training."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    config = peft.LoraConfig(r=8, lora_alpha=24, target_modules=TARGETS, **more)
+    if rows != VOCABULARY:
+        model.resize_token_embeddings(rows)
+    config = peft.LoraConfig(**{"r": 8, "lora_alpha": 24, "target_modules": TARGETS, **more})
     wrapped = peft.get_peft_model(model, config)
     if initial is not None:
         # as PEFT's examples/pissa_finetuning/pissa_finetuning.py has it
@@ -99,14 +110,44 @@ def test_a_factor_is_neither_guessed_nor_multiplied(
     assert "on an adapter that records factor 4 would make 16" in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
-def test_a_head_of_its_own_on_a_tied_base_is_named(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|tied weights)")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 1])
+@pytest.mark.parametrize(
+    ("saved", "keeps"),
+    [
+        (None, False),
+        *itertools.product(
+            (["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]), (False, True)
+        ),
+    ],
+)
+def test_a_tied_base_is_merged_as_peft_merges(
+    tmp_path: Path, saved: list[str] | None, keeps: bool, rows: int
+) -> None:
     base = write_tiny(tmp_path / "base", tied=True)
-    adapter(base, tmp_path / "tuned", modules_to_save=["lm_head", "embed_tokens"])
-    with pytest.raises(TensorError, match=r"its embedding \(tied\)") as raised:
+    wrapped = trained(base, rows=rows, modules_to_save=saved, ensure_weight_tying=keeps)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    ids = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(5))
+    expected = wrapped.merge_and_unload()
+    found = open_checkpoint(str(tmp_path / "tuned"))
+    assert found.hparams.tied_embeddings == (saved is None or keeps)
+    write_folder(found, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, expected(ids).logits, rtol=0, atol=LOGITS)
+    gguf = run(tmp_path / "tuned", "--out", tmp_path / "gguf", "--scale", 4)
+    assert gguf.exit_code == 0, gguf.output
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|tied weights)")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_factors_of_a_tied_head_alone_are_named(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", tied=True)
+    adapter(base, tmp_path / "tuned", target_modules=[*TARGETS, "lm_head"])
+    with pytest.raises(TensorError, match=r"lm_head.weight, which is .* \(tied\)") as raised:
         open_checkpoint(str(tmp_path / "tuned"))
-    assert "Merge it with PEFT" in raised.value.hint
+    assert "Untie the base" in raised.value.hint
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
