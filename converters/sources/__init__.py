@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from converters.checkpoint import Checkpoint
 from converters.errors import SourceError
+from converters.sources.adapter_config import ADAPTER_CONFIG
 from converters.sources.gguf import checkpoint_of_gguf, open_gguf
 from converters.sources.hub import is_hub_id, open_hub
 from converters.sources.huggingface import CONFIG, open_folder
@@ -30,6 +30,16 @@ def open_checkpoint(
     caller knows it. Raises ``SourceError`` or one of its kinds for what cannot be found, read or
     believed, and ``UnsupportedError`` for what is understood and cannot be exported right.
     """
+    return _open(reference, revision, original_context, ())
+
+
+def _open(
+    reference: str,
+    revision: str | None,
+    original_context: int | None,
+    adapters: tuple[Path, ...],
+) -> Checkpoint:
+    """``open_checkpoint``; ``adapters`` are the folders that lead here as one another's base."""
     path = Path(reference)
     if _exists(path):
         if revision is not None:
@@ -38,7 +48,7 @@ def open_checkpoint(
                 hint="--revision belongs to a hub id.",
             )
         if path.is_dir() and is_adapter(path):
-            return open_adapter(path, partial(open_checkpoint, original_context=original_context))
+            return _open_merged(path, original_context, adapters)
         if path.is_dir():
             return open_folder(path, original_context=original_context)
         if path.suffix.lower() == ".gguf":
@@ -50,6 +60,23 @@ def open_checkpoint(
     if is_hub_id(reference) and path.suffix.lower() != ".gguf":
         return open_hub(reference, revision=revision, original_context=original_context)
     raise SourceError(f"{reference}: no such folder or file", hint=_FORMS)
+
+
+def _open_merged(
+    folder: Path, original_context: int | None, adapters: tuple[Path, ...]
+) -> Checkpoint:
+    """An adapter on the base that it names, which may be another adapter but not one of these."""
+    place = folder.resolve()
+    if place in adapters:
+        raise SourceError(
+            f"{adapters[-1] / ADAPTER_CONFIG}: base_model_name_or_path leads back to {place}",
+            hint="State the folder or hub id of the model that the adapter was trained on.",
+        )
+
+    def open_base(reference: str) -> Checkpoint:
+        return _open(reference, None, original_context, (*adapters, place))
+
+    return open_adapter(folder, open_base)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -279,12 +280,39 @@ def test_other_kinds_of_adapters_are_refused_by_name(
     tmp_path: Path, key: str, value: object
 ) -> None:
     adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
-    path = tmp_path / "tuned" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    restate(tmp_path / "tuned", **{key: value})
     with pytest.raises(UnsupportedError, match=f"{key} is"):
         open_checkpoint(str(tmp_path / "tuned"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: None, "later": False}))
+    restate(tmp_path / "tuned", **{key: None, "later": False})
     open_checkpoint(str(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize("bases", [["."], ["../0"], ["../1", "../0"], ["../1", "../2", "../1"]])
+def test_adapters_that_lead_back_to_themselves(tmp_path: Path, bases: list[str]) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    for number, base in enumerate(bases):
+        shutil.copytree(tmp_path / "tuned", tmp_path / str(number))
+        restate(tmp_path / str(number), base_model_name_or_path=base)
+    where = tmp_path / str(len(bases) - 1) / "adapter_config.json"
+    with pytest.raises(SourceError, match="leads back to") as raised:
+        open_checkpoint(str(tmp_path / "0"))
+    assert raised.value.message.startswith(f"{where}: base_model_name_or_path")
+
+
+def test_an_adapter_on_an_adapter_is_both(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base")
+    expected = adapter(base, tmp_path / "one")
+    plain = {name: value.clone() for name, value in load_file(base / "model.safetensors").items()}
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    restate(tmp_path / "two", base_model_name_or_path="../one")
+    # the same change twice: W + 2 (W' - W)
+    twice = {name: 2 * value - plain[name] for name, value in expected.items()}
+    assert_same_weights(tmp_path / "two", twice)
+
+
+def restate(folder: Path, **keys: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
