@@ -39,7 +39,8 @@ _PREFIX = "base_model.model."
 _BEFORE = ".original_module."  # a replaced weight as it was; saved where embeddings were resized
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
-OpenBase = Callable[[str], Checkpoint]
+# From a reference and the revision of a hub id, or None.
+OpenBase = Callable[[str, str | None], Checkpoint]
 Floats = npt.NDArray[np.float32]
 
 
@@ -57,16 +58,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
-def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
-    """The base that the adapter names with the adapter merged into it.
+def open_adapter(origin: Origin, open_base: OpenBase) -> Checkpoint:
+    """The base that the adapter at ``origin`` names with the adapter merged into it.
 
     Its RoPE is the base's, or what a config.json beside the adapter says. Raises ``SourceError`` or
     one of its kinds where the adapter is not whole or does not fit its base, ``UnsupportedError``
     for adapters that are merged otherwise.
     """
+    folder = origin.path
     where = folder / ADAPTER_CONFIG
     settings = read_adapter_config(where)
-    base = open_base(_base_reference(settings.base, folder))
+    base = open_base(_base_reference(settings.base, folder), settings.revision)
     _require_floats(base, where)
     hparams, tensors = _merged_tensors(base, settings, folder)
     config = {**base.config, "vocab_size": hparams.vocab_size}
@@ -77,10 +79,10 @@ def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
     if has_tokenizer or hparams.vocab_size != base.hparams.vocab_size:
         place = folder if has_tokenizer else base.origin.path
         vocabulary = read_tokenizer(place, hparams.vocab_size, config=config)
-    name = folder.resolve().name
+    name = origin.label.rpartition("/")[2]
     return dataclasses.replace(
         base,
-        origin=Origin(label=name, kind=KIND, path=folder),
+        origin=dataclasses.replace(origin, kind=KIND),
         hparams=hparams,
         rope=_rope(folder, base),
         tensors=tensors,
