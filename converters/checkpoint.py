@@ -18,7 +18,7 @@ class Origin:
     """Where a checkpoint came from; ``label`` is shown and recorded, never a local path."""
 
     label: str  # the folder's or file's own name, or the hub id
-    kind: str  # "folder", "gguf" or "hub"
+    kind: str  # "folder", "gguf", "hub" or "adapter"
     path: Path
     revision: str | None = None  # the hub's commit
 

@@ -1,4 +1,8 @@
-"""A model on the Hugging Face hub: a snapshot in the cache, downloaded where it is not there."""
+"""A model on the Hugging Face hub: a snapshot in the cache, downloaded where it is not there.
+
+Pickles (.bin) are downloaded only where the same weights are not there as safetensors, as
+transformers does.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import re
 import shlex
 from pathlib import Path
 
-from converters.checkpoint import Checkpoint, Origin
+from converters.checkpoint import Origin
 from converters.errors import SourceError
-from converters.sources.huggingface import open_folder
+from converters.sources.adapter_config import ADAPTER_CONFIG
+from converters.sources.lora import TRAINABLE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*")
@@ -21,29 +26,42 @@ def is_hub_id(reference: str) -> bool:
     return _HUB_ID.fullmatch(reference) is not None
 
 
-def open_hub(
-    hub_id: str, *, revision: str | None = None, original_context: int | None = None
-) -> Checkpoint:
-    """The checkpoint of a hub id; a cached snapshot needs no network.
+def fetch_hub(hub_id: str, *, revision: str | None = None) -> Origin:
+    """Where the snapshot of a hub id lies; a cached one needs no network.
 
     ``revision`` is a branch, tag or commit, the main branch where it is None. Raises
-    ``SourceError`` where the model is neither cached nor can be downloaded; and as ``open_folder``.
+    ``SourceError`` where the model is neither cached nor can be downloaded.
     """
-    folder = _snapshot(hub_id, revision)
-    origin = Origin(label=hub_id, kind="hub", path=folder, revision=folder.name)
-    return open_folder(folder, original_context=original_context, origin=origin)
+    folder = _download(hub_id, revision, _WANTED, revision)
+    if pickles := _pickles(folder):
+        folder = _download(hub_id, folder.name, pickles, revision)  # of the same commit
+    return Origin(label=hub_id, kind="hub", path=folder, revision=folder.name)
 
 
-def _snapshot(hub_id: str, revision: str | None) -> Path:
+def _pickles(folder: Path) -> tuple[str, ...]:
+    """The pickled files that a model may have for want of safetensors in its snapshot."""
+    if any(folder.glob("model*.safetensors")):
+        return ()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return ("pytorch_model*.bin",)
+    if (folder / "adapter_model.safetensors").is_file():
+        return (TRAINABLE,)
+    return ("pytorch_model*.bin", "adapter_model.bin", TRAINABLE)
+
+
+def _download(
+    hub_id: str, revision: str | None, patterns: tuple[str, ...], named: str | None
+) -> Path:
+    """The snapshot's folder; errors speak of the revision that was ``named``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _explain(error, hub_id, revision) from error
+        raise _explain(error, hub_id, named) from error
     return Path(folder)
 
 

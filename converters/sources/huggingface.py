@@ -197,7 +197,7 @@ def _without_tied_head(
     """The tensors less the head that is the embedding once more; another head is an error."""
     if not hparams.tied_embeddings or HEAD not in tensors or EMBEDDING not in tensors:
         return tensors
-    if not _same_bytes(tensors[HEAD], tensors[EMBEDDING]):
+    if not same_bytes(tensors[HEAD], tensors[EMBEDDING]):
         raise TensorError(
             f"{where}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}",
             hint=f"Set tie_word_embeddings to false if {HEAD} is right, or remove the tensor.",
@@ -205,7 +205,8 @@ def _without_tied_head(
     return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are stored alike, byte for byte; a few MiB at a time are read."""
     if (a.shape, a.encoding) != (b.shape, b.encoding):
         return False
     step = max(1, _COMPARED_BYTES // a.row_bytes)

@@ -8,7 +8,6 @@ trainable_params.bin beside it. A folder's adapter_config.json names the base.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.architectures.hparams import HParams
+from converters.architectures.spec import check_tensors
 from converters.checkpoint import Checkpoint, Origin
 from converters.containers.safetensors import read_safetensors
 from converters.containers.strict_json import read_json_object
@@ -24,31 +24,23 @@ from converters.encodings import BF16, F16, F32, Encoding
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.rope import RopeParameters
 from converters.rope.config import RopeContext, read_config
-from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD
+from converters.sources.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from converters.sources.huggingface import CONFIG, EMBEDDING, HEAD, same_bytes
 from converters.sources.pytorch_bin import read_pytorch
 from converters.tensor import Tensor
 from converters.tokenizers import read_tokenizer
 
-ADAPTER_CONFIG = "adapter_config.json"
 TRAINABLE = "trainable_params.bin"  # LongLoRA's
 KIND = "adapter"
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FULL_WEIGHTS = ("model.safetensors*", "pytorch_model*.bin*")
 _PREFIX = "base_model.model."
+_BEFORE = ".original_module."  # a replaced weight as it was; saved where embeddings were resized
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# Settings under which the merge would be another one.
-_PLAIN: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "bias": (None, "none"),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None, []),
-}
 
-OpenBase = Callable[[str], Checkpoint]
+# From a reference and the revision of a hub id, or None.
+OpenBase = Callable[[str, str | None], Checkpoint]
 Floats = npt.NDArray[np.float32]
 
 
@@ -66,63 +58,63 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
-def open_adapter(folder: Path, open_base: OpenBase) -> Checkpoint:
-    """The base that the adapter names with the adapter merged into it.
+def open_adapter(origin: Origin, open_base: OpenBase) -> Checkpoint:
+    """The base that the adapter at ``origin`` names with the adapter merged into it.
 
     Its RoPE is the base's, or what a config.json beside the adapter says. Raises ``SourceError`` or
     one of its kinds where the adapter is not whole or does not fit its base, ``UnsupportedError``
     for adapters that are merged otherwise.
     """
+    folder = origin.path
     where = folder / ADAPTER_CONFIG
-    settings = read_json_object(where)
-    _require_plain(settings, where)
-    base = open_base(_base_reference(settings, folder))
+    settings = read_adapter_config(where)
+    base = open_base(_base_reference(settings.base, folder), settings.revision)
     _require_floats(base, where)
-    pairs, whole = _split(_stored(folder), folder)
-    tensors = dict(base.tensors)
-    hparams = _resized(base.hparams, whole, folder)
-    for name, tensor in whole.items():
-        tensors[name] = _replacement(name, tensor, tensors, hparams, folder)
-    if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
-        tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
-    for name, pair in pairs.items():
-        scale = _scale(settings, pair.a.shape[0], where)
-        tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
+    hparams, tensors = _merged_tensors(base, settings, folder)
     config = {**base.config, "vocab_size": hparams.vocab_size}
+    if hparams.tied_embeddings != base.hparams.tied_embeddings:
+        config["tie_word_embeddings"] = hparams.tied_embeddings
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     vocabulary = base.vocabulary
-    if has_tokenizer or hparams != base.hparams:
+    if has_tokenizer or hparams.vocab_size != base.hparams.vocab_size:
         place = folder if has_tokenizer else base.origin.path
         vocabulary = read_tokenizer(place, hparams.vocab_size, config=config)
-    name = folder.resolve().name
+    name = origin.label.rpartition("/")[2]
     return dataclasses.replace(
         base,
-        origin=Origin(label=name, kind=KIND, path=folder),
+        origin=dataclasses.replace(origin, kind=KIND),
         hparams=hparams,
         rope=_rope(folder, base),
         tensors=tensors,
         vocabulary=vocabulary,
         card=dataclasses.replace(base.card, name=name),
+        groups=base.architecture.groups_present(tensors),
         config=config,
     )
 
 
-def _require_plain(config: Mapping[str, object], where: Path) -> None:
-    for key, allowed in _PLAIN.items():
-        if config.get(key) not in allowed:
-            raise UnsupportedError(
-                f"{where}: {key} is {config.get(key)!r}",
-                hint="Only plain LoRA adapters are merged; merge this one with PEFT itself.",
-            )
+def _merged_tensors(
+    base: Checkpoint, settings: AdapterConfig, folder: Path
+) -> tuple[HParams, dict[str, Tensor]]:
+    """The sizes and tensors after the merge. Raises ``TensorError`` where the two do not fit."""
+    pairs, whole = _split(_stored(folder), folder)
+    whole, tensors = _with_ties(whole, base, settings)
+    hparams = _resized(base.hparams, whole, folder)
+    hparams = dataclasses.replace(hparams, tied_embeddings=HEAD not in tensors)
+    for name, tensor in whole.items():
+        tensors[name] = _replacement(name, tensor, tensors, hparams, folder)
+    if HEAD in tensors and tensors[HEAD].shape[0] < hparams.vocab_size:
+        tensors[HEAD] = _padded(tensors[HEAD], hparams.vocab_size)
+    for name, pair in pairs.items():
+        scale = settings.scale(pair.a.shape[0])
+        tensors[name] = _merged(_target(name, tensors, folder), pair, scale, folder)
+    groups = base.architecture.groups_present(tensors)
+    expected = {n: shape for n, _, shape, _ in base.architecture.expected_tensors(hparams, groups)}
+    check_tensors(expected, {n: tensor.shape for n, tensor in tensors.items()}, str(folder))
+    return hparams, {name: tensors[name] for name in expected}
 
 
-def _base_reference(config: Mapping[str, object], folder: Path) -> str:
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise SourceError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}",
-            hint="State the folder or hub id of the model that it was trained on.",
-        )
+def _base_reference(base: str, folder: Path) -> str:
     beside = folder / base
     return str(beside) if not Path(base).is_absolute() and beside.is_dir() else base
 
@@ -158,6 +150,8 @@ def _split(
     whole: dict[str, Tensor] = {}
     for stored_name, tensor in stored.items():
         name = stored_name.removeprefix(_PREFIX)
+        if _BEFORE in name:
+            continue
         for mark in (".modules_to_save.default", ".modules_to_save", ".default"):
             name = name.replace(mark, "")
         weight, lora, rest = name.partition(".lora_")
@@ -178,6 +172,25 @@ def _split(
     return {name: _Pair(found["A"], found["B"]) for name, found in factors.items()}, whole
 
 
+def _with_ties(
+    whole: dict[str, Tensor], base: Checkpoint, settings: AdapterConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights that replace the base's, the base's), with a head only where it has its own.
+
+    On a tied base PEFT saves one tensor under both names where it saves embeddings on its own
+    account. What ``modules_to_save`` names is a copy, and the other one of the two stays as it was.
+    """
+    tensors = dict(base.tensors)
+    if not base.hparams.tied_embeddings:
+        return whole, tensors
+    pair = [whole[name] for name in (EMBEDDING, HEAD) if name in whole]
+    if len(pair) == 2 and same_bytes(*pair):
+        return {name: tensor for name, tensor in whole.items() if name != HEAD}, tensors
+    if any(settings.unties(tensor) for tensor in (EMBEDDING, HEAD) if tensor in whole):
+        tensors[HEAD] = dataclasses.replace(tensors[EMBEDDING], name=HEAD)
+    return whole, tensors
+
+
 def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HParams:
     """The sizes with the adapter's number of embedding rows, where it has more."""
     rows = {whole[name].shape[0] for name in (EMBEDDING, HEAD) if name in whole}
@@ -194,8 +207,9 @@ def _resized(hparams: HParams, whole: Mapping[str, Tensor], folder: Path) -> HPa
 def _target(name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
     if name not in tensors and name == HEAD:
         raise TensorError(
-            f"{folder}: the adapter has its own {name}, and the base's is its embedding (tied)",
-            hint="Merge it with PEFT, which unties them, and give the folder that it saves.",
+            f"{folder}: the adapter changes {name}, which is the base's embedding (tied)",
+            hint=f"Untie the base: store its embedding as {name} too, with tie_word_embeddings"
+            " false.",
         )
     if name not in tensors:
         raise TensorError(
@@ -230,14 +244,6 @@ def _padded(head: Tensor, rows: int) -> Tensor:
         return np.concatenate([old, new[max(0, start - head.rows) : max(0, stop - head.rows)]])
 
     return Tensor(head.name, (rows, *head.shape[1:]), head.encoding, read)
-
-
-def _scale(config: Mapping[str, object], rank: int, where: Path) -> float:
-    """Alpha / rank; the rank is the tensors' own, so that ``rank_pattern`` is heeded."""
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise SourceError(f"{where}: lora_alpha is {alpha!r}", hint="Expected a number.")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _merged(weight: Tensor, pair: _Pair, scale: float, folder: Path) -> Tensor:

@@ -58,8 +58,8 @@ def command(
       pi-convert probe ./merged-model --text book.txt
       pi-convert probe ./merged-model --original-context 4096
     """
+    from converters.sources import open_checkpoint
     from pi_convert.commands._measuring import RunOptions
-    from pi_convert.commands._models import Opening, open_scaled
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit, emit_json
     from pi_convert.report.probe import probe_text
@@ -67,8 +67,9 @@ def command(
     resolved = resolve_model(model)
     click.echo(resolved.announcement, err=True)
     run = RunOptions(device, threads, 512, None, "f16", None)
-    opening = Opening(run, revision=revision, original_context=original_context)
-    checkpoint = open_scaled(resolved.reference, opening)
+    checkpoint = open_checkpoint(
+        resolved.reference, revision=revision, original_context=original_context
+    )
     report = _probe(checkpoint, read_texts(texts), run)
     if as_json:
         emit_json(report.to_json())

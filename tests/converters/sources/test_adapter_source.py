@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
+from converters.targets.huggingface import write_folder
 from pi_convert import cli
 from pi_convert.commands.export import command as export
 from pi_convert.commands.inspect import command as inspect
@@ -24,6 +28,8 @@ from tests.tiny import VOCABULARY, write_tiny
 
 # float32: PEFT multiplies whole matrices, we rows of them; sums of 8 products round otherwise.
 MERGE = 1e-6
+# float32 on the CPU, two layers, logits of standard deviation 2; see MERGE.
+LOGITS = 1e-4
 # peft 0.21 asks transformers 5.24 by a name that is deprecated there
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
@@ -31,16 +37,42 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 def adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A saved PEFT adapter with random factors; returns PEFT's merged weights."""
+    wrapped = trained(base, dtype, **more)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload().state_dict()
+
+
+def trained(
+    base: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    initial: Path | None = None,
+    rows: int = VOCABULARY,
+    **more: Any,
+) -> Any:
+    """A PEFT model with random factors; ``initial`` gets the adapter as it is before training."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    config = peft.LoraConfig(r=8, lora_alpha=24, target_modules=TARGETS, **more)
+    if rows != VOCABULARY:
+        model.resize_token_embeddings(rows)
+    config = peft.LoraConfig(**{"r": 8, "lora_alpha": 24, "target_modules": TARGETS, **more})
     wrapped = peft.get_peft_model(model, config)
+    if initial is not None:
+        # as PEFT's examples/pissa_finetuning/pissa_finetuning.py has it
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(initial)
+        wrapped.peft_config["default"].init_lora_weights = more["init_lora_weights"]
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 value.add_(torch.randn_like(value) * 0.1)
-    wrapped.save_pretrained(folder)
-    return wrapped.merge_and_unload().state_dict()
+    return wrapped
+
+
+def assert_same_weights(folder: Path, expected: Any) -> None:
+    for name, tensor in open_checkpoint(str(folder)).tensors.items():
+        value = tensor.read_f32(0, tensor.rows).reshape(tensor.shape)
+        assert np.allclose(value, expected[name].numpy(), rtol=0, atol=MERGE), name
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -79,14 +111,44 @@ def test_a_factor_is_neither_guessed_nor_multiplied(
     assert "on an adapter that records factor 4 would make 16" in capfd.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
-@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
-def test_a_head_of_its_own_on_a_tied_base_is_named(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|tied weights)")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 1])
+@pytest.mark.parametrize(
+    ("saved", "keeps"),
+    [
+        (None, False),
+        *itertools.product(
+            (["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]), (False, True)
+        ),
+    ],
+)
+def test_a_tied_base_is_merged_as_peft_merges(
+    tmp_path: Path, saved: list[str] | None, keeps: bool, rows: int
+) -> None:
     base = write_tiny(tmp_path / "base", tied=True)
-    adapter(base, tmp_path / "tuned", modules_to_save=["lm_head", "embed_tokens"])
-    with pytest.raises(TensorError, match=r"its embedding \(tied\)") as raised:
+    wrapped = trained(base, rows=rows, modules_to_save=saved, ensure_weight_tying=keeps)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    ids = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(5))
+    expected = wrapped.merge_and_unload()
+    found = open_checkpoint(str(tmp_path / "tuned"))
+    assert found.hparams.tied_embeddings == (saved is None or keeps)
+    write_folder(found, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, expected(ids).logits, rtol=0, atol=LOGITS)
+    gguf = run(tmp_path / "tuned", "--out", tmp_path / "gguf", "--scale", 4)
+    assert gguf.exit_code == 0, gguf.output
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|tied weights)")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_factors_of_a_tied_head_alone_are_named(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", tied=True)
+    adapter(base, tmp_path / "tuned", target_modules=[*TARGETS, "lm_head"])
+    with pytest.raises(TensorError, match=r"lm_head.weight, which is .* \(tied\)") as raised:
         open_checkpoint(str(tmp_path / "tuned"))
-    assert "Merge it with PEFT" in raised.value.hint
+    assert "Untie the base" in raised.value.hint
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -171,10 +233,86 @@ def test_a_recorded_factor_is_used_and_does_not_compose(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "tuned"))
 
 
-def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned", use_dora=True)
-    with pytest.raises(UnsupportedError, match="use_dora"):
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", False])
+def test_inits_that_leave_the_base_are_merged(tmp_path: Path, init: str | bool) -> None:
+    base = write_tiny(tmp_path / "base")
+    expected = adapter(base, tmp_path / "tuned", init_lora_weights=init)
+    assert_same_weights(tmp_path / "tuned", expected)
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_inits_that_change_the_base_are_refused_and_the_hint_helps(
+    tmp_path: Path, init: str, rslora: bool
+) -> None:
+    base, initial = write_tiny(tmp_path / "base"), tmp_path / "initial"
+    wrapped = trained(base, initial=initial, init_lora_weights=init, use_rslora=rslora)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UnsupportedError, match=f"init_lora_weights is '{init}'") as raised:
         open_checkpoint(str(tmp_path / "tuned"))
+    assert "path_initial_model_for_weight_conversion" in raised.value.hint
+    wrapped.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(initial)
+    )
+    assert_same_weights(tmp_path / "plain", wrapped.merge_and_unload().state_dict())
+
+
+VARIANTS = [f.name for f in fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((name, {"some": 1}) for name in VARIANTS),
+        *(("init_lora_weights", name) for name in ("corda", "loftq", "lora_ga", "mica")),
+        ("init_lora_weights", ["gaussian"]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("bias", "all"),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("trainable_token_indices", [7]),
+        ("use_qalora", True),
+        ("of_a_later_peft", True),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    restate(tmp_path / "tuned", **{key: value})
+    with pytest.raises(UnsupportedError, match=f"{key} is"):
+        open_checkpoint(str(tmp_path / "tuned"))
+    restate(tmp_path / "tuned", **{key: None, "later": False})
+    open_checkpoint(str(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize("bases", [["."], ["../0"], ["../1", "../0"], ["../1", "../2", "../1"]])
+def test_adapters_that_lead_back_to_themselves(tmp_path: Path, bases: list[str]) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    for number, base in enumerate(bases):
+        shutil.copytree(tmp_path / "tuned", tmp_path / str(number))
+        restate(tmp_path / str(number), base_model_name_or_path=base)
+    where = tmp_path / str(len(bases) - 1) / "adapter_config.json"
+    with pytest.raises(SourceError, match="leads back to") as raised:
+        open_checkpoint(str(tmp_path / "0"))
+    assert raised.value.message.startswith(f"{where}: base_model_name_or_path")
+
+
+def test_an_adapter_on_an_adapter_is_both(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base")
+    expected = adapter(base, tmp_path / "one")
+    plain = {name: value.clone() for name, value in load_file(base / "model.safetensors").items()}
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    restate(tmp_path / "two", base_model_name_or_path="../one")
+    # the same change twice: W + 2 (W' - W)
+    twice = {name: 2 * value - plain[name] for name, value in expected.items()}
+    assert_same_weights(tmp_path / "two", twice)
+
+
+def restate(folder: Path, **keys: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.mark.parametrize("shards", [1, 2])

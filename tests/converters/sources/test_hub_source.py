@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 
 from converters.errors import SourceError
 from converters.sources import open_checkpoint
+from converters.sources.hub import fetch_hub
 from tests.tiny import write_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -101,6 +108,101 @@ def test_a_plain_file_is_no_model(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(SourceError, match="neither a folder nor"):
         open_checkpoint("model.safetensors")
+
+
+ADAPTER = "other-org/Tiny-LoRA"
+RANK, ALPHA = 2, 3
+CHANGED = "model.layers.1.self_attn.o_proj.weight"
+
+
+def factors() -> dict[str, torch.Tensor]:
+    """LoRA factors of one weight as PEFT stores them."""
+    prefix = f"base_model.model.{CHANGED.removesuffix('.weight')}"
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"{prefix}.lora_A.weight": torch.randn(RANK, 144, generator=generator),
+        f"{prefix}.lora_B.weight": torch.randn(144, RANK, generator=generator),
+    }
+
+
+def write_adapter(folder: Path, **keys: object) -> Path:
+    """An adapter on the cached hub id, pickled, as LongLoRA's are."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some-org/Tiny-1M-Chat"}
+    config |= {"r": RANK, "lora_alpha": ALPHA, **keys}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    torch.save(factors(), folder / "adapter_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(("revision", "seed"), [(None, 0), ("v1.0", 1), (OLDER, 1)])
+def test_a_cached_adapter_is_merged_into_the_base_of_its_revision(
+    cache: Path, tmp_path: Path, revision: str | None, seed: int
+) -> None:
+    model = cache / "models--other-org--Tiny-LoRA"
+    write_adapter(model / "snapshots" / COMMIT, revision=revision)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    found = open_checkpoint(ADAPTER)
+    assert (found.origin.label, found.origin.kind) == (ADAPTER, "adapter")
+    assert found.origin.revision == COMMIT
+    assert found.card.name == "Tiny-LoRA"
+    stored: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / f"source{seed}").glob("*.safetensors"):
+        stored |= load_file(path)
+    a, b = factors().values()
+    expected = stored[CHANGED] + b @ a * (ALPHA / RANK)
+    tensor = found.tensors[CHANGED]
+    value = tensor.read_f32(0, tensor.rows)
+    assert np.allclose(value, expected.numpy(), rtol=0, atol=1e-5)  # float32, sums of 2 products
+
+
+def test_a_base_on_disk_stands_for_its_revision(cache: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "some-org" / "Tiny-1M-Chat", seed=2)
+    write_adapter(tmp_path / "tuned", revision="v1.0")
+    name = "model.embed_tokens.weight"
+    found = open_checkpoint("tuned").tensors[name]
+    expected = load_file(tmp_path / "some-org" / "Tiny-1M-Chat" / "model.safetensors")[name]
+    assert np.array_equal(found.read_f32(0, found.rows), expected.numpy())
+
+
+PLAIN = ("config.json", "tokenizer.json", "README.md")
+TUNED = ("adapter_config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        ((*PLAIN, "model.safetensors"), ("pytorch_model.bin", "optimizer.bin")),
+        ((*PLAIN, "model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+         ("pytorch_model-00001-of-00001.bin",)),
+        ((*PLAIN, "pytorch_model.bin"), ("training_args.bin", "optimizer.pt", "tf_model.h5")),
+        ((*PLAIN, "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"), ()),
+        ((*TUNED, "adapter_model.safetensors"), ("adapter_model.bin", "training_args.bin")),
+        ((*TUNED, "adapter_model.safetensors", "trainable_params.bin"), ("adapter_model.bin",)),
+        ((*TUNED, "adapter_model.bin", "trainable_params.bin"), ("training_args.bin",)),
+    ],
+)  # fmt: skip
+def test_pickles_are_downloaded_for_want_of_safetensors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: tuple[str, ...],
+    left: tuple[str, ...],
+) -> None:
+    snapshot = tmp_path / COMMIT
+    snapshot.mkdir()
+    revisions = []
+
+    def snapshot_download(hub_id: str, *, revision: str | None, **patterns: Any) -> str:
+        revisions.append(revision)
+        for name in filter_repo_objects([*there, *left, "onnx/model.safetensors"], **patterns):
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    origin = fetch_hub("some-org/Tiny")
+    assert {path.name for path in origin.path.iterdir()} == set(there)
+    assert revisions in ([None], [None, COMMIT])
 
 
 def test_opening_a_folder_loads_no_torch(tmp_path: Path) -> None:

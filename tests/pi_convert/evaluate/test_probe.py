@@ -86,6 +86,22 @@ def test_a_stripped_factor_is_found(
         assert says in text
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
+def test_the_factor_of_an_adapter_is_found(
+    texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(train(tmp_path / "Stripped", 3.0))
+    peft.get_peft_model(model, peft.LoraConfig(r=2)).save_pretrained(tmp_path / "tuned")
+    words = ["probe", str(tmp_path / "tuned"), *texts, "--threads", "1", "--json"]
+    assert cli.run(words) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["factor"] == 3
+    assert found["stated_factor"] == 1
+
+
 def curve(best: float, flatness: float) -> dict[float, float]:
     """NLL that is 1 nat lower at ``best`` than at factor 1; a parabola in log(factor)."""
     width = np.log(best)
