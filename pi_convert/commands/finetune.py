@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pi_convert.finetune.train import Estimate, Schedule, StepReport
 
 PRESETS = ("paper", "lora", "quick")
+EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -139,20 +140,27 @@ def command(
     from converters.sources import open_checkpoint
     from pi_convert.commands._scale import require_no_second_factor
     from pi_convert.defaults import resolve_model
+    from pi_convert.finetune.processes import OtherProcessError, said_once
     from pi_convert.finetune.run import RUN
     from pi_convert.report.console import emit
 
     is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
-    resolved = resolve_model(model)
-    if is_main:
-        emit(resolved.announcement)
-    source = open_checkpoint(
-        resolved.reference, revision=revision, original_context=original_context
-    )
-    require_no_second_factor(scale, source)
+    source = None
     try:
-        done = run_finetune(source, scale, **flags)
+        with said_once():
+            resolved = resolve_model(model)
+            if is_main:
+                emit(resolved.announcement)
+            source = open_checkpoint(
+                resolved.reference, revision=revision, original_context=original_context
+            )
+            require_no_second_factor(scale, source)
+            done = run_finetune(source, scale, **flags)
+    except OtherProcessError:
+        return EXIT_FAILURE
     except KeyboardInterrupt:  # the first one lets a step end; before the first step there is none
+        if source is None:
+            raise
         out = flags["out"] or Path(f"{source.interpolate(scale).artifact_name}-finetuned")
         if not (out / RUN).is_dir():
             raise

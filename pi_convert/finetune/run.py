@@ -28,6 +28,7 @@ from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
 from pi_convert.finetune.documents import documents, fingerprint, text_files
+from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
@@ -75,25 +76,26 @@ def finetune(
     """Trains, and writes the folder; or stops at a Ctrl-C with a checkpoint to resume from.
 
     Raises ``ConvertError`` or one of its kinds for what cannot be trained; a run that was there
-    before is left as it was, and one that cannot start leaves nothing.
+    before is left as it was, and one that cannot start leaves nothing. Of several processes one
+    raises that; the others raise ``OtherProcessError``.
     """
     require_libraries(request.device)
     from pi_convert.finetune import train
     from pi_convert.finetune.model import load_model, require_frequencies
 
     _no_bars()
-    files = text_files(request.texts)
     run = request.out / RUN
     arguments = train.training_arguments(
         run / "checkpoints", request.recipe, request.device, request.schedule, request.passes
     )
     is_main = arguments.process_index == 0
-    source = _about_source(request.source, tell) if is_main else {}
-    record = run_record(request.recipe, request.target.rope, source, _about(files))
-    with arguments.main_process_first(local=False, desc="preparing"):
-        if is_main:
-            _prepare(request, files, record, tell)
-        store = open_store(run / "tokens")
+
+    def prepare() -> dict[str, object]:
+        train.share_batch(arguments, request.recipe, request.passes)
+        return _prepare(request, tell, is_main=is_main)
+
+    record = all_ready(arguments, prepare)
+    store = open_store(run / "tokens")
     corpus = train.Corpus(store, windows(store, request.recipe.window))
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
@@ -111,7 +113,7 @@ def finetune(
     require_frequencies(model, rope, "after training")
     if outcome.finished:
         _write(request, trainer, model, record, is_main=is_main)
-    train.leave_together(arguments)
+    leave_together(arguments)
     return Finetuned(outcome, request.out, record)
 
 
@@ -157,7 +159,17 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
     return {"files": [file.name for file in files], "sha256": fingerprint(files)}
 
 
-def _prepare(
+def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
+    """The run's record; the main process makes the run folder of it too."""
+    files = text_files(request.texts)
+    source = _about_source(request.source, tell) if is_main else {}
+    record = run_record(request.recipe, request.target.rope, source, _about(files))
+    if is_main:
+        _make_run(request, files, record, tell)
+    return record
+
+
+def _make_run(
     request: FinetuneRequest, files: Sequence[Path], record: dict[str, object], tell: Tell
 ) -> None:
     """The run folder with its recipe, the interpolated base and the tokens.

@@ -97,11 +97,8 @@ class Told:
 def training_arguments(
     folder: Path, recipe: Recipe, device: str, schedule: Schedule, passes: Passes
 ) -> Any:
-    """Settings of transformers; making them joins the processes of ``torchrun``.
-
-    Raises ``ConvertError`` where the global batch cannot be shared by the processes and passes.
-    """
-    arguments = transformers.TrainingArguments(
+    """Settings of transformers; making them joins the processes of ``torchrun``."""
+    return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=passes.windows,
@@ -126,6 +123,13 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         ddp_timeout=7 * 24 * 3600,  # one process tokenises while the others wait
     )
+
+
+def share_batch(arguments: Any, recipe: Recipe, passes: Passes) -> None:
+    """Sets how many passes a step has.
+
+    Raises ``ConvertError`` where the global batch cannot be shared by the processes and passes.
+    """
     at_once = arguments.world_size * passes.windows
     if recipe.global_batch % at_once:
         processes = f"{arguments.world_size} processes" if arguments.world_size > 1 else "a process"
@@ -136,7 +140,6 @@ def training_arguments(
             hint=f"Give --batch as a multiple of {at_once}.",
         )
     arguments.gradient_accumulation_steps = recipe.global_batch // at_once
-    return arguments
 
 
 def _checkpointed_activations() -> dict[str, object]:
@@ -372,16 +375,6 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
         raise TrainingError(error.message, hint=f"{kept} {error.hint}") from error
     step: int = trainer.state.global_step
     return Outcome(finished=step >= trainer.args.max_steps, step=step)
-
-
-def leave_together(arguments: Any) -> None:
-    """No process of ``torchrun`` ends before the one that writes, nor with the group open.
-
-    One that did would now and then abort in gloo's threads, and torchrun would then end them all.
-    """
-    if arguments.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 class _Wrapped:

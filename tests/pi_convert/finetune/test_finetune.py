@@ -38,8 +38,10 @@ from tests.pi_convert.finetune.runs import (
     ENVIRONMENT,
     PROCESSES_AGREE,
     finetuned,
+    in_two_processes,
     log_of,
     process,
+    torchrun,
     weights,
     words,
 )
@@ -187,25 +189,18 @@ def test_activations_are_recomputed_unless_asked_otherwise(
     assert len(layers) == 2 * 2 + 2 * 2 * 2
 
 
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "29613"]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [torchrun(29611), ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_give_the_losses_of_one(
     launcher: list[str], plain: Path, text: Path, tmp_path: Path
 ) -> None:
     finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
     arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "pi_convert", "finetune", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_two_processes(launcher, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
@@ -214,9 +209,8 @@ def test_two_processes_give_the_losses_of_one(
 
 def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:
     worker = Path(__file__).parent / "fsdp_worker.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "--master-port", "29612", str(worker), str(model)],
+        [sys.executable, "-m", *torchrun(29612), str(worker), str(model)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
