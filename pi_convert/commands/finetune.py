@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 PRESETS = ("paper", "lora", "quick")
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
+
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number, such as 2e-5.", ctx, param)
+    return value
 
 
 @click.command()
@@ -87,10 +94,17 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     metavar="R",
     help="The peak. Default: 2e-5; 1e-5 from 30B parameters.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Default: 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),  # numpy takes no more
+    default=0,
+    metavar="N",
+    help="Default: 0.",
+)
 @click.option(
     "--save-every",
     type=click.IntRange(min=1),

@@ -119,7 +119,18 @@ def _rows(lines: Iterable[bytes], file: Path) -> Iterator[str]:
                 f"{file}, line {number}: no string under {TEXT_KEY!r}",
                 hint=f'Expected lines such as {{"{TEXT_KEY}": "..."}}.',
             )
+        _require_characters(text, f"{file}, line {number}")
         yield text
+
+
+def _require_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where}: half a surrogate pair, {text[error.start]!r}, is no character",
+            hint="Write the text again from its source; it was cut inside a character.",
+        ) from error
 
 
 def _read_parquet(file: Path) -> Iterator[str]:
@@ -129,13 +140,14 @@ def _read_parquet(file: Path) -> Iterator[str]:
     except ImportError as error:
         raise _not_installed(error) from error
     try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{file}: {error}", hint="Expected a Parquet file.") from error
-    with table:
-        _require_column(table.schema_arrow.names, file)
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[TEXT_KEY]):
-            yield from _strings(batch.column(0).to_pylist(), file)
+        with pq.ParquetFile(file) as table:
+            _require_column(table.schema_arrow.names, file)
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[TEXT_KEY]):
+                yield from _strings(batch.column(0).to_pylist(), file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, not of what is in the file
+        raise SourceError(f"{file}: {error}", hint="Expected a whole Parquet file.") from error
 
 
 def _read_dataset(folder: Path) -> Iterator[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.content_hash import content_hash, tensor_hash
 from converters.encodings import F32
-from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, SourceError
+from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
@@ -86,7 +86,7 @@ def finetune(
     _no_bars()
     run = request.out / RUN
     arguments = train.training_arguments(
-        run / "checkpoints", request.recipe, request.device, request.schedule, request.passes
+        run / train.CHECKPOINTS, request.recipe, request.device, request.schedule, request.passes
     )
     is_main = arguments.process_index == 0
 
@@ -108,7 +108,7 @@ def finetune(
         told or train.Told(),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
-    checkpoint = train.last_checkpoint(run / "checkpoints") if request.resume else None
+    checkpoint = train.last_checkpoint(run / train.CHECKPOINTS) if request.resume else None
     outcome = train.train(trainer, progress, checkpoint)
     require_frequencies(model, rope, "after training")
     if outcome.finished:
@@ -177,21 +177,26 @@ def _make_run(
     A new run that cannot be prepared leaves the folder as it was found.
     """
     run = request.out / RUN
-    had_folder, had_run = request.out.is_dir(), run.is_dir()
-    _claim(request, run, record)
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    _require_own(request, run, record)
     try:
+        if missing:
+            run.mkdir(parents=True)
+            (run / _RECIPE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if not (run / "base" / "config.json").is_file():
             write_folder(request.target, run / "base", progress=tell)
         store = _tokens(request, files, run, tell)
         windows(store, request.recipe.window)
-    except ConvertError:
-        if not had_run:
-            shutil.rmtree(run if had_folder else request.out)
+    except KeyboardInterrupt:  # goes on with --resume
+        raise
+    except BaseException:  # a panic of the tokenizer's Rust is no Exception
+        if missing:
+            shutil.rmtree(missing[-1], ignore_errors=True)
         raise
 
 
-def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
-    """Raises ``OutputError`` where the folder holds something else than this very run."""
+def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
+    """Raises ``OutputError`` unless the folder is new or empty, or holds this very run."""
     stated = run / _RECIPE
     if stated.is_file():
         found = json.loads(stated.read_bytes())
@@ -218,8 +223,6 @@ def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> No
         )
     if request.resume:
         raise OutputError(f"{request.out} holds no run to resume", hint="Leave out --resume.")
-    run.mkdir(parents=True)
-    stated.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def _plain(record: dict[str, object]) -> Any:
@@ -258,6 +261,7 @@ def _write(
 ) -> None:
     """The model's folder, from the weights of every process; then what only a resume needs goes."""
     from pi_convert.finetune.model import merged_weights, require_saved_frequencies
+    from pi_convert.finetune.train import CHECKPOINTS
 
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main:
@@ -277,7 +281,7 @@ def _write(
     made = sorted((run / "model").iterdir(), key=lambda path: path.name == "config.json")
     for path in made:  # config.json last
         path.replace(request.out / path.name)
-    for name in ("model", "base", "checkpoints"):
+    for name in ("model", "base", CHECKPOINTS):
         shutil.rmtree(run / name, ignore_errors=True)
 
 

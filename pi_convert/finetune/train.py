@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 
-from converters.errors import ConvertError, TrainingError
+from converters.errors import ConvertError, OutputError, TrainingError
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
 from pi_convert.finetune.recipe import Recipe
 
@@ -29,6 +30,7 @@ _KEPT_CHECKPOINTS = 2
 _TRAINER_STATE = "trainer_state.json"  # transformers writes it last
 _MOMENT_BYTES = 8  # AdamW's two, float32, for every weight that is trained
 LOG_NAME = "trainer_log.jsonl"
+CHECKPOINTS = "checkpoints"  # beside the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,11 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
             self._first_pass = None
         return loss
 
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        folder = Path(self.args.output_dir)
+        with _having_room(folder, folder / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*arguments, **named)
+
 
 class Progress(transformers.TrainerCallback):  # type: ignore[misc]
     """Logs, tells, evaluates, and stops where a person asked for it."""
@@ -305,7 +312,8 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             "perplexity_past": report.perplexity_past,
             "peak_bytes": report.peak_bytes,
         }
-        with self._log.open("a", encoding="utf-8") as file:
+        room = _having_room(self._log.with_name(CHECKPOINTS), self._log)
+        with room, self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _perplexities(self, device: Any) -> tuple[float | None, float | None]:
@@ -409,6 +417,26 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+@contextmanager
+def _having_room(checkpoints: Path, path: Path) -> Iterator[None]:
+    """Raises ``OutputError`` where ``path`` cannot be written, and removes it if a checkpoint.
+
+    Of a full disk torch tells with a ``RuntimeError`` about its file, safetensors with its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        good = last_checkpoint(checkpoints)
+        said, _, _ = str(error).partition("\n")
+        raise OutputError(
+            f"{path} cannot be written: {said}",
+            hint="The disk is full, most likely: once there is room the same command with --resume"
+            f" goes on {f'from {good.name}' if good else 'from the start'}.",
+        ) from error
 
 
 @contextmanager
