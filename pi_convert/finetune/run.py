@@ -27,15 +27,13 @@ from converters.sources.huggingface import FINETUNE_RECORD
 from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
-from pi_convert.finetune.documents import documents, fingerprint, text_files
+from pi_convert.finetune.documents import RECIPE, RUN, documents, fingerprint, text_files
 from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
     from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, Told
 
-RUN = "run"
-_RECIPE = "recipe.json"
 _NO_LIMIT = 10**9  # tokens a tokenizer is told it may give
 
 
@@ -161,7 +159,7 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
 
 def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
     """The run's record; the main process makes the run folder of it too."""
-    files = text_files(request.texts)
+    files = text_files(request.texts, request.out)
     source = _about_source(request.source, tell) if is_main else {}
     record = run_record(request.recipe, request.target.rope, source, _about(files))
     if is_main:
@@ -182,7 +180,7 @@ def _make_run(
     try:
         if missing:
             run.mkdir(parents=True)
-            (run / _RECIPE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            (run / RECIPE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if not (run / "base" / "config.json").is_file():
             write_folder(request.target, run / "base", progress=tell)
         store = _tokens(request, files, run, tell)
@@ -197,7 +195,7 @@ def _make_run(
 
 def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
     """Raises ``OutputError`` unless the folder is new or empty, or holds this very run."""
-    stated = run / _RECIPE
+    stated = run / RECIPE
     if stated.is_file():
         found = json.loads(stated.read_bytes())
         if not request.resume:

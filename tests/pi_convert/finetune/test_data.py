@@ -75,6 +75,15 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, s
         tokenise(documents(text_files([tmp_path / name])), encoder(), tmp_path / "tokens")
 
 
+def test_a_folder_that_links_in_circles_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "one.txt").write_text("a")
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "up").symlink_to("..")
+    (tmp_path / "two.txt").write_text("b")
+    assert list(documents(text_files([tmp_path]))) == ["a", "b"]
+
+
 def test_damaged_pages_of_parquet_are_refused(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

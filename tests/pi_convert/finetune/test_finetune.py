@@ -15,11 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
 from converters.rope import RopeParameters
 from converters.sources import open_checkpoint
+from converters.sources.huggingface import FINETUNE_RECORD
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
@@ -32,7 +34,7 @@ from pi_convert.finetune.model import (
     require_saved_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
-from pi_convert.finetune.train import last_checkpoint
+from pi_convert.finetune.train import Progress, last_checkpoint
 from pi_convert.report.finetune import LossPlot, write_loss_plot
 from tests.pi_convert.finetune.runs import (
     ENVIRONMENT,
@@ -156,6 +158,33 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert "Stopped; the same command" in (out / "run" / "loss.html").read_text()
     finetuned(model, text, out, *more, "--resume", steps=8)
     assert weights(out) == weights(whole)
+
+
+def test_text_in_the_folder_of_the_runs_is_read_without_them(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in text.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    here = Path()
+    finetuned(model, here, Path("run1"), steps=1)
+    finetuned(model, here, Path("deep/run2"), steps=1)
+    stopped = Path("stopped")
+
+    def interrupt(
+        _: Progress, args: object, state: TrainerState, *__: object, **___: object
+    ) -> None:
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "on_step_begin", interrupt)
+        finetuned(model, here, stopped, "--save-every", "1")
+    assert last_checkpoint(stopped / "run" / "checkpoints") is not None
+    finetuned(model, here, stopped, "--save-every", "1", "--resume")
+    records = [json.loads((f / FINETUNE_RECORD).read_bytes()) for f in (here / "run1", stopped)]
+    assert records[0]["data"] == records[1]["data"]
+    assert records[0]["data"]["files"] == sorted(file.name for file in text.iterdir())
 
 
 def test_windows_at_once_and_kept_activations_change_no_loss(
