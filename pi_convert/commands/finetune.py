@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     from pi_convert.finetune.train import Estimate, Schedule, StepReport
 
 PRESETS = ("paper", "lora", "quick")
+EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
+
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number, such as 2e-5.", ctx, param)
+    return value
 
 
 @click.command()
@@ -86,10 +94,17 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     metavar="R",
     help="The peak. Default: 2e-5; 1e-5 from 30B parameters.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Default: 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),  # numpy takes no more
+    default=0,
+    metavar="N",
+    help="Default: 0.",
+)
 @click.option(
     "--save-every",
     type=click.IntRange(min=1),
@@ -139,20 +154,27 @@ def command(
     from converters.sources import open_checkpoint
     from pi_convert.commands._scale import require_no_second_factor
     from pi_convert.defaults import resolve_model
-    from pi_convert.finetune.run import RUN
+    from pi_convert.finetune.documents import RUN
+    from pi_convert.finetune.processes import OtherProcessError, said_once
     from pi_convert.report.console import emit
 
     is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
-    resolved = resolve_model(model)
-    if is_main:
-        emit(resolved.announcement)
-    source = open_checkpoint(
-        resolved.reference, revision=revision, original_context=original_context
-    )
-    require_no_second_factor(scale, source)
+    source = None
     try:
-        done = run_finetune(source, scale, **flags)
+        with said_once():
+            resolved = resolve_model(model)
+            if is_main:
+                emit(resolved.announcement)
+            source = open_checkpoint(
+                resolved.reference, revision=revision, original_context=original_context
+            )
+            require_no_second_factor(scale, source)
+            done = run_finetune(source, scale, **flags)
+    except OtherProcessError:
+        return EXIT_FAILURE
     except KeyboardInterrupt:  # the first one lets a step end; before the first step there is none
+        if source is None:
+            raise
         out = flags["out"] or Path(f"{source.interpolate(scale).artifact_name}-finetuned")
         if not (out / RUN).is_dir():
             raise
@@ -211,7 +233,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
 def _draw(request: FinetuneRequest, first: int, seconds: float) -> None:
     """The page of losses; where it cannot be written, how the run ended matters more."""
     from converters.errors import ConvertError
-    from pi_convert.finetune.run import RUN
+    from pi_convert.finetune.documents import RUN
     from pi_convert.finetune.train import LOG_NAME
     from pi_convert.report.finetune import LossPlot, write_loss_plot
     from pi_convert.report.provenance import environment
@@ -249,7 +271,7 @@ def tuned_source(
     ``click.Abort`` where it is stopped again.
     """
     from converters.sources import open_checkpoint
-    from pi_convert.finetune.run import RUN
+    from pi_convert.finetune.documents import RUN
 
     folder = out / f"{source.interpolate(scale).artifact_name}-finetuned"
     flags = dict.fromkeys(("window", "global_batch", "learning_rate"))

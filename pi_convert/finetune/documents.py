@@ -14,18 +14,21 @@ from pathlib import Path
 from converters.errors import EnvironmentNotReadyError, SourceError
 from converters.files import sha256_file
 from converters.install import install_line
+from converters.sources.huggingface import FINETUNE_RECORD
 from pi_convert.evaluate.texts import TEXT_SUFFIXES
 
 TEXT_KEY = "text"
+RUN, RECIPE = "run", "recipe.json"  # where a run's folder says that it is one
 _TABLE_SUFFIXES = (".jsonl", ".parquet")
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 256
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
+def text_files(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
     """The files, and ``datasets`` folders, behind ``paths``; folders are walked in order.
 
-    Raises ``SourceError`` where one is not there or holds nothing that can be read.
+    Folders of runs inside them are left out, ``out`` too; one that is linked to twice is read once.
+    Raises ``SourceError`` where a path is not there or holds nothing that can be read.
     """
     found: list[Path] = []
     for path in paths:
@@ -34,11 +37,12 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         if path.is_file() or _is_dataset(path):
             found.append(path)
             continue
-        inside = _inside(path)
+        inside = _inside(path, {out.resolve()} if out else set())
         if not inside:
             raise SourceError(
                 f"{path}: no text in it",
-                hint="Expected .txt, .md, .jsonl or .parquet files, or a datasets folder.",
+                hint="Expected .txt, .md, .jsonl or .parquet files, or a datasets folder; runs of"
+                " finetune are left out.",
             )
         found += inside
     if not found:
@@ -46,12 +50,15 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _inside(folder: Path) -> list[Path]:
-    """Text files and ``datasets`` folders, at any depth, in order."""
+def _inside(folder: Path, seen: set[Path]) -> list[Path]:
+    """Text files and ``datasets`` folders, at any depth, in order; ``seen`` are not walked."""
+    if folder.resolve() in seen or _is_run(folder):
+        return []
+    seen.add(folder.resolve())
     found: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            found += [path] if _is_dataset(path) else _inside(path)
+            found += [path] if _is_dataset(path) else _inside(path, seen)
         elif path.is_file() and _is_named_text(path):
             found.append(path)
     return found
@@ -119,7 +126,18 @@ def _rows(lines: Iterable[bytes], file: Path) -> Iterator[str]:
                 f"{file}, line {number}: no string under {TEXT_KEY!r}",
                 hint=f'Expected lines such as {{"{TEXT_KEY}": "..."}}.',
             )
+        _require_characters(text, f"{file}, line {number}")
         yield text
+
+
+def _require_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where}: half a surrogate pair, {text[error.start]!r}, is no character",
+            hint="Write the text again from its source; it was cut inside a character.",
+        ) from error
 
 
 def _read_parquet(file: Path) -> Iterator[str]:
@@ -129,13 +147,14 @@ def _read_parquet(file: Path) -> Iterator[str]:
     except ImportError as error:
         raise _not_installed(error) from error
     try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{file}: {error}", hint="Expected a Parquet file.") from error
-    with table:
-        _require_column(table.schema_arrow.names, file)
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[TEXT_KEY]):
-            yield from _strings(batch.column(0).to_pylist(), file)
+        with pq.ParquetFile(file) as table:
+            _require_column(table.schema_arrow.names, file)
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[TEXT_KEY]):
+                yield from _strings(batch.column(0).to_pylist(), file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, not of what is in the file
+        raise SourceError(f"{file}: {error}", hint="Expected a whole Parquet file.") from error
 
 
 def _read_dataset(folder: Path) -> Iterator[str]:
@@ -177,6 +196,11 @@ def _require_column(names: Sequence[str], where: Path) -> None:
 
 def _is_dataset(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in _DATASET_MARKS)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``finetune`` wrote it: its log and its README are no text to train on."""
+    return (folder / RUN / RECIPE).is_file() or (folder / FINETUNE_RECORD).is_file()
 
 
 def _is_named_text(path: Path) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.content_hash import content_hash, tensor_hash
 from converters.encodings import F32
-from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, SourceError
+from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
@@ -27,14 +27,13 @@ from converters.sources.huggingface import FINETUNE_RECORD
 from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
-from pi_convert.finetune.documents import documents, fingerprint, text_files
+from pi_convert.finetune.documents import RECIPE, RUN, documents, fingerprint, text_files
+from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
     from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, Told
 
-RUN = "run"
-_RECIPE = "recipe.json"
 _NO_LIMIT = 10**9  # tokens a tokenizer is told it may give
 
 
@@ -75,25 +74,26 @@ def finetune(
     """Trains, and writes the folder; or stops at a Ctrl-C with a checkpoint to resume from.
 
     Raises ``ConvertError`` or one of its kinds for what cannot be trained; a run that was there
-    before is left as it was, and one that cannot start leaves nothing.
+    before is left as it was, and one that cannot start leaves nothing. Of several processes one
+    raises that; the others raise ``OtherProcessError``.
     """
     require_libraries(request.device)
     from pi_convert.finetune import train
     from pi_convert.finetune.model import load_model, require_frequencies
 
     _no_bars()
-    files = text_files(request.texts)
     run = request.out / RUN
     arguments = train.training_arguments(
-        run / "checkpoints", request.recipe, request.device, request.schedule, request.passes
+        run / train.CHECKPOINTS, request.recipe, request.device, request.schedule, request.passes
     )
     is_main = arguments.process_index == 0
-    source = _about_source(request.source, tell) if is_main else {}
-    record = run_record(request.recipe, request.target.rope, source, _about(files))
-    with arguments.main_process_first(local=False, desc="preparing"):
-        if is_main:
-            _prepare(request, files, record, tell)
-        store = open_store(run / "tokens")
+
+    def prepare() -> dict[str, object]:
+        train.share_batch(arguments, request.recipe, request.passes)
+        return _prepare(request, tell, is_main=is_main)
+
+    record = all_ready(arguments, prepare)
+    store = open_store(run / "tokens")
     corpus = train.Corpus(store, windows(store, request.recipe.window))
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
@@ -106,12 +106,12 @@ def finetune(
         told or train.Told(),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
-    checkpoint = train.last_checkpoint(run / "checkpoints") if request.resume else None
+    checkpoint = train.last_checkpoint(run / train.CHECKPOINTS) if request.resume else None
     outcome = train.train(trainer, progress, checkpoint)
     require_frequencies(model, rope, "after training")
     if outcome.finished:
         _write(request, trainer, model, record, is_main=is_main)
-    train.leave_together(arguments)
+    leave_together(arguments)
     return Finetuned(outcome, request.out, record)
 
 
@@ -157,7 +157,17 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
     return {"files": [file.name for file in files], "sha256": fingerprint(files)}
 
 
-def _prepare(
+def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
+    """The run's record; the main process makes the run folder of it too."""
+    files = text_files(request.texts, request.out)
+    source = _about_source(request.source, tell) if is_main else {}
+    record = run_record(request.recipe, request.target.rope, source, _about(files))
+    if is_main:
+        _make_run(request, files, record, tell)
+    return record
+
+
+def _make_run(
     request: FinetuneRequest, files: Sequence[Path], record: dict[str, object], tell: Tell
 ) -> None:
     """The run folder with its recipe, the interpolated base and the tokens.
@@ -165,22 +175,27 @@ def _prepare(
     A new run that cannot be prepared leaves the folder as it was found.
     """
     run = request.out / RUN
-    had_folder, had_run = request.out.is_dir(), run.is_dir()
-    _claim(request, run, record)
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    _require_own(request, run, record)
     try:
+        if missing:
+            run.mkdir(parents=True)
+            (run / RECIPE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if not (run / "base" / "config.json").is_file():
             write_folder(request.target, run / "base", progress=tell)
         store = _tokens(request, files, run, tell)
         windows(store, request.recipe.window)
-    except ConvertError:
-        if not had_run:
-            shutil.rmtree(run if had_folder else request.out)
+    except KeyboardInterrupt:  # goes on with --resume
+        raise
+    except BaseException:  # a panic of the tokenizer's Rust is no Exception
+        if missing:
+            shutil.rmtree(missing[-1], ignore_errors=True)
         raise
 
 
-def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
-    """Raises ``OutputError`` where the folder holds something else than this very run."""
-    stated = run / _RECIPE
+def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
+    """Raises ``OutputError`` unless the folder is new or empty, or holds this very run."""
+    stated = run / RECIPE
     if stated.is_file():
         found = json.loads(stated.read_bytes())
         if not request.resume:
@@ -206,8 +221,6 @@ def _claim(request: FinetuneRequest, run: Path, record: dict[str, object]) -> No
         )
     if request.resume:
         raise OutputError(f"{request.out} holds no run to resume", hint="Leave out --resume.")
-    run.mkdir(parents=True)
-    stated.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def _plain(record: dict[str, object]) -> Any:
@@ -246,6 +259,7 @@ def _write(
 ) -> None:
     """The model's folder, from the weights of every process; then what only a resume needs goes."""
     from pi_convert.finetune.model import merged_weights, require_saved_frequencies
+    from pi_convert.finetune.train import CHECKPOINTS
 
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main:
@@ -265,7 +279,7 @@ def _write(
     made = sorted((run / "model").iterdir(), key=lambda path: path.name == "config.json")
     for path in made:  # config.json last
         path.replace(request.out / path.name)
-    for name in ("model", "base", "checkpoints"):
+    for name in ("model", "base", CHECKPOINTS):
         shutil.rmtree(run / name, ignore_errors=True)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 
-from converters.errors import ConvertError, TrainingError
+from converters.errors import ConvertError, OutputError, TrainingError
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
 from pi_convert.finetune.recipe import Recipe
 
@@ -29,6 +30,7 @@ _KEPT_CHECKPOINTS = 2
 _TRAINER_STATE = "trainer_state.json"  # transformers writes it last
 _MOMENT_BYTES = 8  # AdamW's two, float32, for every weight that is trained
 LOG_NAME = "trainer_log.jsonl"
+CHECKPOINTS = "checkpoints"  # beside the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,8 @@ class Told:
 def training_arguments(
     folder: Path, recipe: Recipe, device: str, schedule: Schedule, passes: Passes
 ) -> Any:
-    """Settings of transformers; making them joins the processes of ``torchrun``.
-
-    Raises ``ConvertError`` where the global batch cannot be shared by the processes and passes.
-    """
-    arguments = transformers.TrainingArguments(
+    """Settings of transformers; making them joins the processes of ``torchrun``."""
+    return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=passes.windows,
@@ -126,6 +125,13 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         ddp_timeout=7 * 24 * 3600,  # one process tokenises while the others wait
     )
+
+
+def share_batch(arguments: Any, recipe: Recipe, passes: Passes) -> None:
+    """Sets how many passes a step has.
+
+    Raises ``ConvertError`` where the global batch cannot be shared by the processes and passes.
+    """
     at_once = arguments.world_size * passes.windows
     if recipe.global_batch % at_once:
         processes = f"{arguments.world_size} processes" if arguments.world_size > 1 else "a process"
@@ -136,7 +142,6 @@ def training_arguments(
             hint=f"Give --batch as a multiple of {at_once}.",
         )
     arguments.gradient_accumulation_steps = recipe.global_batch // at_once
-    return arguments
 
 
 def _checkpointed_activations() -> dict[str, object]:
@@ -204,6 +209,11 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
             self._first_pass(time.monotonic() - started)
             self._first_pass = None
         return loss
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        folder = Path(self.args.output_dir)
+        with _having_room(folder, folder / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*arguments, **named)
 
 
 class Progress(transformers.TrainerCallback):  # type: ignore[misc]
@@ -302,7 +312,8 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             "perplexity_past": report.perplexity_past,
             "peak_bytes": report.peak_bytes,
         }
-        with self._log.open("a", encoding="utf-8") as file:
+        room = _having_room(self._log.with_name(CHECKPOINTS), self._log)
+        with room, self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _perplexities(self, device: Any) -> tuple[float | None, float | None]:
@@ -374,16 +385,6 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
     return Outcome(finished=step >= trainer.args.max_steps, step=step)
 
 
-def leave_together(arguments: Any) -> None:
-    """No process of ``torchrun`` ends before the one that writes, nor with the group open.
-
-    One that did would now and then abort in gloo's threads, and torchrun would then end them all.
-    """
-    if arguments.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 class _Wrapped:
     """The model as the trainer wrapped it, once it has."""
 
@@ -416,6 +417,26 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+@contextmanager
+def _having_room(checkpoints: Path, path: Path) -> Iterator[None]:
+    """Raises ``OutputError`` where ``path`` cannot be written, and removes it if a checkpoint.
+
+    Of a full disk torch tells with a ``RuntimeError`` about its file, safetensors with its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        good = last_checkpoint(checkpoints)
+        said, _, _ = str(error).partition("\n")
+        raise OutputError(
+            f"{path} cannot be written: {said}",
+            hint="The disk is full, most likely: once there is room the same command with --resume"
+            f" goes on {f'from {good.name}' if good else 'from the start'}.",
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ def finetuned(model: Path, text: Path, out: Path, *more: str, steps: int = 3) ->
 
 def process(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pi_convert", "finetune", *arguments]
+
+
+def in_two_processes(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "pi_convert", "finetune", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def torchrun(port: int) -> list[str]:
+    return ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

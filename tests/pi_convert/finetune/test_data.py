@@ -64,6 +64,7 @@ def test_datasets_inside_a_folder_are_found_and_damaged_ones_named(tmp_path: Pat
         ("x.txt", b"\xff\xfe\x00", "no UTF-8 text"),
         ("x.jsonl", b'{"txt": "a"}\n', "line 1"),
         ("x.jsonl", b"{", "line 1"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b \\ud800"}\n', "line 2: half a surrogate pair"),
         ("x.parquet", b"no parquet", "x.parquet"),
         ("x.txt", b" \n", "the text is empty"),
     ],
@@ -72,6 +73,31 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, s
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=said):
         tokenise(documents(text_files([tmp_path / name])), encoder(), tmp_path / "tokens")
+
+
+def test_a_folder_that_links_in_circles_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "one.txt").write_text("a")
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "up").symlink_to("..")
+    (tmp_path / "two.txt").write_text("b")
+    assert list(documents(text_files([tmp_path]))) == ["a", "b"]
+
+
+def test_damaged_pages_of_parquet_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "x.parquet"
+    texts = [f"a text of number {number}" for number in range(1000)]
+    pq.write_table(pa.table({"text": texts}), file, use_dictionary=False)
+    assert list(documents([file])) == texts
+    whole = file.read_bytes()
+    for start in (4, len(whole) // 2):
+        file.write_bytes(whole[:start] + b"\xff" * 200 + whole[start + 200 :])
+        with pytest.raises(SourceError, match=r"x\.parquet: ") as refused:
+            list(documents([file]))
+        assert refused.value.hint == "Expected a whole Parquet file."
 
 
 def test_a_long_document_gives_windows_of_its_own_and_short_ones_are_joined(tmp_path: Path) -> None:

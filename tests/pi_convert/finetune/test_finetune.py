@@ -15,11 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
 from converters.rope import RopeParameters
 from converters.sources import open_checkpoint
+from converters.sources.huggingface import FINETUNE_RECORD
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
@@ -32,14 +34,16 @@ from pi_convert.finetune.model import (
     require_saved_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
-from pi_convert.finetune.train import last_checkpoint
+from pi_convert.finetune.train import Progress, last_checkpoint
 from pi_convert.report.finetune import LossPlot, write_loss_plot
 from tests.pi_convert.finetune.runs import (
     ENVIRONMENT,
     PROCESSES_AGREE,
     finetuned,
+    in_two_processes,
     log_of,
     process,
+    torchrun,
     weights,
     words,
 )
@@ -156,6 +160,33 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert weights(out) == weights(whole)
 
 
+def test_text_in_the_folder_of_the_runs_is_read_without_them(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in text.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    here = Path()
+    finetuned(model, here, Path("run1"), steps=1)
+    finetuned(model, here, Path("deep/run2"), steps=1)
+    stopped = Path("stopped")
+
+    def interrupt(
+        _: Progress, args: object, state: TrainerState, *__: object, **___: object
+    ) -> None:
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "on_step_begin", interrupt)
+        finetuned(model, here, stopped, "--save-every", "1")
+    assert last_checkpoint(stopped / "run" / "checkpoints") is not None
+    finetuned(model, here, stopped, "--save-every", "1", "--resume")
+    records = [json.loads((f / FINETUNE_RECORD).read_bytes()) for f in (here / "run1", stopped)]
+    assert records[0]["data"] == records[1]["data"]
+    assert records[0]["data"]["files"] == sorted(file.name for file in text.iterdir())
+
+
 def test_windows_at_once_and_kept_activations_change_no_loss(
     plain: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -187,25 +218,18 @@ def test_activations_are_recomputed_unless_asked_otherwise(
     assert len(layers) == 2 * 2 + 2 * 2 * 2
 
 
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "29613"]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [torchrun(29611), ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_give_the_losses_of_one(
     launcher: list[str], plain: Path, text: Path, tmp_path: Path
 ) -> None:
     finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
     arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "pi_convert", "finetune", *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_two_processes(launcher, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
@@ -214,9 +238,8 @@ def test_two_processes_give_the_losses_of_one(
 
 def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:
     worker = Path(__file__).parent / "fsdp_worker.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "--master-port", "29612", str(worker), str(model)],
+        [sys.executable, "-m", *torchrun(29612), str(worker), str(model)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from safetensors.torch import load_file
 
 from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, TrainingError
 from pi_convert.commands.export import command as export
+from pi_convert.commands.finetune import command
+from pi_convert.finetune import run
 from pi_convert.finetune.recipe import Recipe
 from pi_convert.finetune.train import last_checkpoint
 from pi_convert.report import runlines
@@ -18,6 +23,7 @@ from tests.pi_convert.finetune.conftest import SMALL
 from tests.pi_convert.finetune.runs import (
     finetuned,
     weights,
+    words,
 )
 from tests.tiny import write_tiny
 
@@ -93,6 +99,64 @@ def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(
         finetuned(model, short, out)
     assert list(out.iterdir()) == []
     finetuned(model, text, out, steps=1)
+
+
+def test_nothing_is_left_behind_by_an_error_that_nobody_thought_of(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("panic")
+
+    monkeypatch.setattr(run, "tokenise", broken)
+    with pytest.raises(RuntimeError, match="panic"):
+        finetuned(model, text, tmp_path / "new" / "deep" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--learning-rate", "nan"),
+        ("--learning-rate", "inf"),
+        ("--seed", "-1"),
+        ("--seed", "4294967296"),
+    ],
+)
+def test_numbers_that_no_library_takes_are_wrong_usage(
+    model: Path, text: Path, tmp_path: Path, flag: str, value: str
+) -> None:
+    result = CliRunner().invoke(command, words(model, text, tmp_path / "out", flag, value))
+    assert result.exit_code == 2
+    assert flag in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_room(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """AdamW's moments are twice the weights: these fit, the moments do not."""
+    out, more = tmp_path / "out", ("--save-every", "2")
+    limit = (model / "model.safetensors").stat().st_size * 3 // 2
+    with (
+        files_of_at_most(limit),
+        pytest.raises(OutputError, match=r"checkpoint-2 cannot be written: .") as full,
+    ):
+        finetuned(model, text, out, *more, steps=4)
+    assert "once there is room the same command with --resume goes on" in full.value.hint
+    assert list((out / "run" / "checkpoints").iterdir()) == []
+    finetuned(model, text, out, *more, "--resume", steps=4)
+    finetuned(model, text, tmp_path / "whole", *more, steps=4)
+    assert weights(out) == weights(tmp_path / "whole")
 
 
 def test_what_it_will_take_is_told_before_the_first_step(
