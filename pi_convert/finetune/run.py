@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.checkpoint import Checkpoint
+from converters.containers.strict_json import read_json_object
 from converters.content_hash import content_hash, tensor_hash
 from converters.encodings import F32
 from converters.errors import EnvironmentNotReadyError, OutputError, SourceError
+from converters.files import atomic_file
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
@@ -180,7 +182,8 @@ def _make_run(
     try:
         if missing:
             run.mkdir(parents=True)
-            (run / RECIPE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            with atomic_file(run / RECIPE, force=False) as partial:
+                partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         if not (run / "base" / "config.json").is_file():
             write_folder(request.target, run / "base", progress=tell)
         store = _tokens(request, files, run, tell)
@@ -197,7 +200,7 @@ def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object])
     """Raises ``OutputError`` unless the folder is new or empty, or holds this very run."""
     stated = run / RECIPE
     if stated.is_file():
-        found = json.loads(stated.read_bytes())
+        found = _stated(stated)
         if not request.resume:
             raise OutputError(
                 f"{request.out} holds another run",
@@ -221,6 +224,13 @@ def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object])
         )
     if request.resume:
         raise OutputError(f"{request.out} holds no run to resume", hint="Leave out --resume.")
+
+
+def _stated(recipe: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(recipe)
+    except SourceError as error:
+        raise OutputError(error.message, hint="Start anew with another --out.") from error
 
 
 def _plain(record: dict[str, object]) -> Any:

@@ -200,11 +200,7 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
         """The loss of one pass; raises ``TrainingError`` before a bad one moves a weight."""
         started = time.monotonic()
         loss: torch.Tensor = super().training_step(*arguments, **named)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss.item()} in step {self.state.global_step + 1}",
-                hint="Start anew with a lower --learning-rate and another --out.",
-            )
+        _require_finite(loss, f"in step {self.state.global_step + 1}")
         if self._first_pass is not None:
             self._first_pass(time.monotonic() - started)
             self._first_pass = None
@@ -262,7 +258,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         """Starts the clock, and drops log lines of steps that are done again."""
         self._started, self._first = time.monotonic(), state.global_step
         if state.is_world_process_zero and self._log.is_file():
-            lines = self._log.read_text("utf-8").splitlines()
+            lines = self._log.read_text("utf-8").rpartition("\n")[0].splitlines()  # a kill cuts one
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             self._log.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
@@ -332,6 +328,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             )
         self._model.train()
         self._evaluated += time.monotonic() - started
+        _require_finite(losses, "of held-out windows")
         below, past = losses[:, :length], losses[:, length:]
         return _perplexity(below), _perplexity(past)
 
@@ -375,14 +372,35 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
     try:
         with _stopping_at_ctrl_c(progress):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        step: int = trainer.state.global_step
+        finished = step >= trainer.args.max_steps
+        if finished:
+            _require_finite(_last_loss(trainer), "after the last step")
     except TrainingError as error:
         folder = Path(trainer.args.output_dir)
         shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
         good = last_checkpoint(folder)
         kept = f"{good} has the last good weights." if good else "No checkpoint is from before it."
         raise TrainingError(error.message, hint=f"{kept} {error.hint}") from error
-    step: int = trainer.state.global_step
-    return Outcome(finished=step >= trainer.args.max_steps, step=step)
+    return Outcome(finished, step)
+
+
+def _last_loss(trainer: PiTrainer) -> torch.Tensor:
+    """Of the last window once more: no other step shows what the last one did to the weights."""
+    window = trainer.train_dataset[len(trainer.train_dataset) - 1]["input_ids"]
+    with torch.no_grad():
+        loss: torch.Tensor = _Wrapped(trainer)(input_ids=window[None].to(trainer.args.device))[
+            "loss"
+        ]
+    return loss
+
+
+def _require_finite(loss: torch.Tensor, when: str) -> None:
+    if not torch.isfinite(loss).all():
+        raise TrainingError(
+            f"the loss became {loss.mean().item()} {when}",
+            hint="Start anew with a lower --learning-rate and another --out.",
+        )
 
 
 class _Wrapped:
@@ -460,7 +478,8 @@ def _stopping_at_ctrl_c(progress: Progress) -> Iterator[None]:
 
 
 def _perplexity(losses: torch.Tensor) -> float | None:
-    return math.exp(losses.double().mean().item()) if losses.numel() else None
+    """Infinity where it is too large for a float."""
+    return losses.double().mean().exp().item() if losses.numel() else None
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -134,6 +134,8 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
         finetuned(model, text, out, *more, steps=8)
     with pytest.raises(OutputError, match=r"recipe\.seed"):
         finetuned(model, text, out, *more, "--seed", "1", "--resume", steps=8)
+    with (out / "run" / "trainer_log.jsonl").open("a") as log:
+        log.write('{"step": 6, "lo')  # as a kill may leave it
     finetuned(model, text, out, *more, "--resume", steps=8)
     assert [line["loss"] for line in log_of(out)] == [line["loss"] for line in log_of(whole)]
     assert weights(out) == weights(whole)

@@ -64,6 +64,27 @@ def test_the_first_checkpoint_is_none_that_is_good_where_its_loss_is_bad(
     assert last_checkpoint(out / "run" / "checkpoints") is None
 
 
+@pytest.mark.parametrize(("evaluated", "when"), [("0", "after the last step"), ("1", "held-out")])
+def test_a_last_step_that_throws_the_weights_off_is_not_written(
+    evaluated: str, when: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--learning-rate", "1e37", "--save-every", "1", "--eval-every", evaluated)
+    with pytest.raises(TrainingError, match=f"the loss became .*{when}"):
+        finetuned(model, text, out, *flags, steps=1)
+    assert last_checkpoint(out / "run" / "checkpoints") is None
+    assert not (out / "config.json").exists()
+
+
+def test_a_damaged_recipe_is_one_error(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "out" / "run" / "recipe.json"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text('{"recipe": {"preset": "qu')
+    with pytest.raises(OutputError, match=r"recipe\.json: not valid JSON") as raised:
+        finetuned(model, text, tmp_path / "out", "--resume")
+    assert raised.value.hint == "Start anew with another --out."
+
+
 def test_adapters_are_drawn_by_the_seed(model: Path, text: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         torch.manual_seed(torch.seed())
