@@ -118,7 +118,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint that can be exported."""
     rope, hparams, vocabulary = checkpoint.rope, checkpoint.hparams, checkpoint.vocabulary
     tensors = _groups((t.encoding, t.elements, t.size_bytes) for t in checkpoint.tensors.values())
-    lost = unrecorded_scaling(checkpoint)
+    notes = unrecorded_scaling(checkpoint), _tuned_otherwise(checkpoint)
     return Description(
         label=checkpoint.origin.label,
         container=checkpoint.origin.kind,
@@ -145,7 +145,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         },
         sliding_window=hparams.sliding_window,
         record=_finetuning(checkpoint),
-        notes=(lost,) if lost else (),
+        notes=tuple(note for note in notes if note),
     )
 
 
@@ -159,6 +159,17 @@ def tokenizer_summary(vocabulary: Vocabulary) -> TokenizerSummary:
         add_bos=vocabulary.add_bos,
         add_eos=vocabulary.add_eos,
         has_chat_template=bool(vocabulary.chat_template),
+    )
+
+
+def _tuned_otherwise(checkpoint: Checkpoint) -> str | None:
+    """What is said where the weights were tuned with another factor than the RoPE has."""
+    factor = _finetuning(checkpoint).get("finetune.factor")
+    if not isinstance(factor, int | float) or factor == checkpoint.rope.factor:
+        return None
+    return (
+        f"the weights were tuned with factor {factor:g}, as the record says; the RoPE has"
+        f" {checkpoint.rope.factor:g} and was changed since, without tuning"
     )
 
 

@@ -73,6 +73,13 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
     shown = CliRunner().invoke(inspect, [str(whole)]).stdout
     assert "finetune.recipe.steps" in shown
     assert "finetune.recipe.allow_short_window" in shown
+    assert "changed since" not in shown
+    further = [str(whole), "--to", "safetensors", "--scale", "2", "--out", str(tmp_path / "more")]
+    result = CliRunner().invoke(export, further)
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "more").iterdir()
+    shown = CliRunner().invoke(inspect, [str(folder)]).stdout
+    assert "tuned with factor 2, as the record says; the RoPE has 4 and was changed since" in shown
 
 
 def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_path: Path) -> None:
