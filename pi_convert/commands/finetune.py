@@ -348,18 +348,25 @@ def _require_memory(request: FinetuneRequest) -> None:
     """Raises ``EnvironmentNotReadyError`` where this machine's memory cannot hold the run.
 
     Weights, gradients and two moments are float32; each layer's input is kept for every token.
+    Adapters themselves count as nothing.
     Not known of a GPU and of several processes, which may share the weights.
     """
     from converters.errors import EnvironmentNotReadyError
+    from pi_convert.finetune.recipe import TRAINED_BESIDE_ADAPTERS
     from pi_convert.report.console import size
     from pi_convert.report.runlines import available_memory_bytes
 
     if request.device != "cpu" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     recipe, hparams = request.recipe, request.source.hparams
-    bytes_a_weight = 4 if recipe.lora_rank else 4 * 4
+    trained = sum(
+        tensor.elements
+        for name, tensor in request.source.tensors.items()
+        if not recipe.lora_rank or any(part in name for part in TRAINED_BESIDE_ADAPTERS)
+    )
     inputs = 4 * recipe.window * request.passes.windows * hparams.hidden_size * hparams.layers
-    needed, free = bytes_a_weight * request.source.parameters + inputs, available_memory_bytes()
+    needed = 4 * request.source.parameters + 3 * 4 * trained + inputs
+    free = available_memory_bytes()
     if needed > free:
         raise EnvironmentNotReadyError(
             f"training {request.source.parameters:,} weights on windows of {recipe.window:,} tokens"

@@ -20,13 +20,12 @@ from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.install import install_line
 from converters.rope import RopeParameters
 from converters.rope.parameters import ulp_distance
-from pi_convert.finetune.recipe import Recipe
+from pi_convert.finetune.recipe import TRAINED_BESIDE_ADAPTERS, Recipe
 
 # float32: numpy's and torch's pow differ by one unit, the division by the factor adds one;
 # longrope's lists (PI over llama3) round once more each way.
 FREQUENCY_ULP = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_TRAINED_BESIDE_ADAPTERS = ("embed_tokens", "norm")
 # Tokens whose logits exist at once; 512 x 151,936 x 4 B = 297 MiB. The loss of SmolLM2 and its
 # gradient, one core of an EPYC, torch 2.13: 0.7 s for 256 tokens and 4.1 s for 2,048; with torch's
 # own choice 7.6 and 7.7 s, with all logits at once 0.7 and 4.8 s.
@@ -151,7 +150,7 @@ def _add_adapters(model: Any, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)  # the adapters' first weights are drawn
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
-        if any(part in name for part in _TRAINED_BESIDE_ADAPTERS):
+        if any(part in name for part in TRAINED_BESIDE_ADAPTERS):
             parameter.requires_grad_(True)
 
 

@@ -17,6 +17,7 @@ from converters.rope import RopeParameters
 
 LARGE_MODEL_PARAMETERS = 30_000_000_000  # the paper's 33B and 65B take half the rate
 WARMUP_START = 0.1  # of the peak
+TRAINED_BESIDE_ADAPTERS = ("embed_tokens", "norm")  # parts of names; in full, with preset lora
 RECORD_SCHEMA = 1
 
 PresetName = Literal["paper", "lora", "quick"]

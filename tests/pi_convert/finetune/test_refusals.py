@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, TrainingError
+from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.finetune import run
@@ -206,7 +207,18 @@ def test_a_device_and_memory_that_are_not_there_are_said_before_work(
     monkeypatch.setattr(runlines, "available_memory_bytes", lambda: 1 << 20)
     with pytest.raises(EnvironmentNotReadyError, match=r"needs more than 1\.\d MiB of memory"):
         finetuned(model, text, tmp_path / "out")
+    sizes, tensors = open_checkpoint(str(model)).hparams, open_checkpoint(str(model)).tensors
+    every = sum(tensor.elements for tensor in tensors.values())
+    # Preset lora trains the embedding and 2 norms a layer and one at the end, in full.
+    in_full = (sizes.vocab_size + 2 * sizes.layers + 1) * sizes.hidden_size
+    assert in_full < every / 2
+    needed = 4 * every + 12 * in_full + 4 * 64 * sizes.hidden_size * sizes.layers
+    monkeypatch.setattr(runlines, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(EnvironmentNotReadyError, match="of memory, and"):
+        finetuned(model, text, tmp_path / "out", "--preset", "lora")
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(runlines, "available_memory_bytes", lambda: needed)
+    finetuned(model, text, tmp_path / "out", "--preset", "lora", steps=1)
 
 
 def test_export_refuses_its_output_before_it_trains(
