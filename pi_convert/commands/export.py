@@ -170,6 +170,10 @@ def command(
         from pi_convert.commands.finetune import tuned_source
 
         require_export(source, _scale(scale, source), options)  # before hours are spent
+        if options.threads is not None:
+            from pi_convert.runtimes.pytorch import limit_threads
+
+            limit_threads(options.threads)
         tuned = tuned_source(source, _scale(scale, source), texts, steps, options.out)
         return run_export(tuned, 1.0, options, started)
     return run_export(source, _scale(scale, source), options, started)

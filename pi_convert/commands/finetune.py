@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import click
 
 from pi_convert.commands.options import (
     PATH,
+    FiniteRange,
     model_argument,
     original_context_option,
     revision_option,
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 PRESETS = ("paper", "lora", "quick")
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
-
-
-def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number, such as 2e-5.", ctx, param)
-    return value
 
 
 @click.command()
@@ -93,8 +87,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> 
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
+    type=FiniteRange(min=0, min_open=True),
     metavar="R",
     help="The peak. Default: 2e-5; 1e-5 from 30B parameters.",
 )

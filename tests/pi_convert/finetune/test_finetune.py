@@ -84,8 +84,11 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
 
 def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--to", "gguf", "--quantize", "f16", "--scale", "2", "--out", str(tmp_path)]
-    done = CliRunner().invoke(export, [str(model), *flags, "--finetune", str(text), "--steps", "1"])
+    torch.set_num_threads(2)
+    tuned = ["--finetune", str(text), "--steps", "1", "--threads", "1"]
+    done = CliRunner().invoke(export, [str(model), *flags, *tuned])
     assert done.exit_code == 0, done.output
+    assert torch.get_num_threads() == 1
     assert open_checkpoint(str(tmp_path / "tiny-PI2-finetuned")).rope.factor == 2
     (file,) = tmp_path.glob("*.gguf")
     assert open_checkpoint(str(file)).rope.factor == 2
