@@ -44,6 +44,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{folder}: no {WEIGHTS}, but {', '.join(ggufs[:4])}", hint="Give the GGUF file itself."
         )
+    graphs = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.onnx"))
+    if graphs:
+        raise SourceError(
+            f"{folder}: no {WEIGHTS}, but {', '.join(graphs[:4])}",
+            hint="It is an ONNX export; give the model that it was made from.",
+        )
     raise SourceError(
         f"{folder}: neither {WEIGHTS} nor {INDEX}",
         hint="Check the path; of a model from the hub, download the weights too: hf download ID",

@@ -37,6 +37,11 @@ def text_files(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
         if path.is_file() or _is_dataset(path):
             found.append(path)
             continue
+        if not path.is_dir():
+            raise SourceError(
+                f"{path} is neither a file nor a folder",
+                hint="The text is read more than once: write it to a file first.",
+            )
         inside = _inside(path, {out.resolve()} if out else set())
         if not inside:
             raise SourceError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from converters.checkpoint import Checkpoint
-from converters.errors import RopeError, SourceError, TensorError, UnsupportedError
+from converters.errors import ConvertError, RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
 from converters.sources.card import plain_name
 from tests.tiny import ODD, ODD4, write_tiny
@@ -362,3 +362,24 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = configure(write_tiny(tmp_path / "tiny"), quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsupportedError, match=r"quantized \(gptq\)"):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        ("onnx/model.onnx", "It is an ONNX export; give the model that it was made from"),
+        ("model-Q8_0.gguf", "Give the GGUF file itself"),
+        ("weights.pt", "Expected pytorch_model.bin"),
+        ("notes.txt", "download the weights too"),
+    ],
+)
+def test_a_folder_without_weights_says_what_is_there_instead(
+    beside: str, says: str, tmp_path: Path
+) -> None:
+    folder = write_tiny(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    (folder / beside).parent.mkdir(exist_ok=True)
+    (folder / beside).write_bytes(b"")
+    with pytest.raises(ConvertError) as refused:
+        open_checkpoint(str(folder))
+    assert says in refused.value.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,9 @@ def test_tokenising_goes_on_at_the_first_missing_shard(
     names = [path.name for path in sorted((tmp_path / "whole").iterdir())]
     for name in names:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_pipe_is_no_text_to_train_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="neither a file nor a folder"):
+        text_files([tmp_path / "pipe"])
