@@ -88,7 +88,7 @@ def _nearest_folder(path: Path) -> Path:
 def refuse_existing(path: Path, *, force: bool) -> None:
     """Raises ``OutputError`` where ``path`` exists and ``force`` is not given."""
     if path.exists() and not force:
-        raise OutputError(f"{path} exists", hint="Give --force to replace it.")
+        raise OutputError(f"{path} exists", hint="Give --force to replace it, or write elsewhere.")
 
 
 def require_replaceable(output: Output, *, force: bool) -> None:

@@ -121,13 +121,18 @@ def open_model(reference: str, opening: Opening) -> Model:
 def open_scaled(reference: str, opening: Opening) -> Checkpoint:
     """The checkpoint with ``opening.scale`` applied."""
     from converters.sources import open_checkpoint
-    from pi_convert.commands._scale import require_known_factor, require_no_second_factor
+    from pi_convert.commands._scale import (
+        note_second_factor,
+        require_known_factor,
+        require_no_second_factor,
+    )
 
     checkpoint = open_checkpoint(
         reference, revision=opening.revision, original_context=opening.original_context
     )
     require_known_factor(opening.scale, checkpoint)
     require_no_second_factor(opening.scale, checkpoint)
+    note_second_factor(opening.scale, checkpoint)
     return checkpoint if opening.scale is None else checkpoint.interpolate(opening.scale)
 
 
@@ -135,8 +140,8 @@ def _one_graph(path: Path, graphs: Sequence[Path]) -> Path:
     from converters.errors import SourceError
 
     if graphs[1:]:
-        names = ", ".join(graph.name for graph in graphs)
-        raise SourceError(f"{path} holds several graphs: {names}", hint="Give one of them.")
+        names = ", ".join(str(graph) for graph in graphs)
+        raise SourceError(f"{path} holds several graphs", hint=f"Give one of them: {names}.")
     return graphs[0]
 
 

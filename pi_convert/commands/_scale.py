@@ -32,3 +32,15 @@ def require_no_second_factor(stated: float | None, source: Checkpoint) -> None:
             hint="Leave out --scale, or give --scale 1; to extend it further, export a"
             " safetensors folder first.",
         )
+
+
+def note_second_factor(stated: float | None, source: Checkpoint) -> None:
+    """Says on stderr that a scale comes on top of the factor that the source has."""
+    factor = source.rope.factor
+    if stated in (None, 1.0) or factor == 1.0:
+        return
+    click.echo(
+        f"note: {source.origin.label} has factor {factor:g} already, and --scale {stated:g} makes"
+        f" {factor * stated:g}; leave it out for {factor:g}",
+        err=True,
+    )

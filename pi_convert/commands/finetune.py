@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def command(
       pi-convert finetune ./llama --scale 8 --text ./pile --preset paper --device cuda --resume
     """
     from converters.sources import open_checkpoint
-    from pi_convert.commands._scale import require_no_second_factor
+    from pi_convert.commands._scale import note_second_factor, require_no_second_factor
     from pi_convert.defaults import resolve_model
     from pi_convert.finetune.documents import RUN
     from pi_convert.finetune.processes import OtherProcessError, said_once
@@ -162,6 +163,8 @@ def command(
                 resolved.reference, revision=revision, original_context=original_context
             )
             require_no_second_factor(scale, source)
+            if is_main:
+                note_second_factor(scale, source)
             done = run_finetune(source, scale, **flags)
     except OtherProcessError:
         return EXIT_FAILURE
@@ -384,4 +387,10 @@ def _written(done: Finetuned) -> str:
         [f"{b['from']:,} to {b['to']:,}", f"{b['tokens']:,}"]
         for b in buckets  # type: ignore[attr-defined]
     ]
-    return f"wrote {done.out}\n{table(rows, header=('positions', 'tokens trained'))}"
+    return "\n".join(
+        [
+            f"wrote {done.out}",
+            table(rows, header=("positions", "tokens trained")),
+            f"next: pi-convert export {shlex.quote(str(done.out))} --to gguf",
+        ]
+    )

@@ -151,6 +151,7 @@ def command(
     if options.preset == "quick" and (options.max_kl, options.max_ppl_increase) != (None, None):
         raise click.UsageError("--max-kl and --max-ppl-increase are gates of --preset full.")
     from converters.sources import open_checkpoint
+    from pi_convert.commands._scale import note_second_factor
     from pi_convert.defaults import ResolvedModel, recorded_source
     from pi_convert.report.console import emit, emit_json
     from pi_convert.report.verdict import verdict_text
@@ -164,6 +165,7 @@ def command(
     checkpoint = open_checkpoint(
         source.reference, revision=revision, original_context=original_context
     )
+    note_second_factor(scale, checkpoint)
     verdicts = []
     for file in files:
         verdicts.append(prove(_request(file, checkpoint, scale, options)))

@@ -68,7 +68,8 @@ def require_context(
         raise UnsupportedError(
             f"{context_tokens:,} tokens are past the context of {model.label}, which is"
             f" {trained:,} (L')",
-            hint="Give smaller contexts, or --extrapolate to see what happens past L'.",
+            hint="Ask for fewer tokens, interpolate a model that torch runs with --scale, or give"
+            " --extrapolate to see what happens past L'.",
         )
     require_memory([model], context_tokens, free_bytes=free_bytes)
 

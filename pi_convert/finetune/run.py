@@ -223,7 +223,10 @@ def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object])
             f"{request.out} exists and is no run of finetune", hint="Give another --out."
         )
     if request.resume:
-        raise OutputError(f"{request.out} holds no run to resume", hint="Leave out --resume.")
+        raise OutputError(
+            f"{request.out} holds no run to resume",
+            hint="Give the --out of the run, or leave out --resume to start one.",
+        )
 
 
 def _stated(recipe: Path) -> dict[str, Any]:

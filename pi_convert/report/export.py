@@ -24,9 +24,9 @@ SCHEMA_VERSION = 1
 _NAMED = 3  # tensors named of many; --json has all
 
 QUALITY_NOTE = (
-    "Position Interpolation without fine-tuning costs quality: `pi-convert verify` measures it, as"
-    " the KL\nagainst factor 1 on the same tokens. A short fine-tuning mends it: `pi-convert"
-    " finetune`."
+    "Position Interpolation without fine-tuning costs quality: `pi-convert verify` of a GGUF or"
+    "\nONNX export measures it, as the KL against factor 1 on the same tokens. A short"
+    "\nfine-tuning mends it: `pi-convert finetune`."
 )
 
 

@@ -117,7 +117,10 @@ def test_a_dry_run_says_what_exists_and_what_would_stop_it(
     assert export(*words) == 0
     capfd.readouterr()
     text = dry(stopped=True)
-    assert all(f"would stop   {name} exists. Give --force to replace it." in text for name in names)
+    assert all(
+        f"would stop   {name} exists. Give --force to replace it, or write elsewhere." in text
+        for name in names
+    )
     assert json.loads(dry("--json", stopped=True))["obstacles"] == [
         f"{name} exists" for name in names
     ]

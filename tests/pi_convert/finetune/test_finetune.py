@@ -74,6 +74,10 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
     assert "finetune.recipe.steps" in shown
     assert "finetune.recipe.allow_short_window" in shown
     assert "changed since" not in shown
+    (file,) = tmp_path.glob("*.gguf")
+    result = CliRunner().invoke(verify, [str(file), "--against", str(whole), "--scale", "2"])
+    assert "NOT PROVEN" in result.stdout
+    assert "has factor 2 already, and --scale 2 makes 4; leave it out for 2" in result.stderr
     further = [str(whole), "--to", "safetensors", "--scale", "2", "--out", str(tmp_path / "more")]
     result = CliRunner().invoke(export, further)
     assert result.exit_code == 0, result.output
