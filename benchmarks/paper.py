@@ -93,9 +93,10 @@ class Plan:
     pretraining_tokens: int = 8192  # a step
     pretraining_rate: float = 2e-3
     step_tokens: int = 2048  # of every run after it
-    teaching_steps: int = 300
+    teaching_steps: int = 400
     teaching_rate: float = 2e-3
-    teaching_tokens: int = 8192  # a step, also of every run after the teaching
+    teaching_tokens: int = 8192  # a step
+    taught_tokens: int = 4096  # a step of every run after it
     stride: int = 64
     windows: int = 70  # 10 of each speech
     trials: int = 10
@@ -178,10 +179,15 @@ def run(bench: Bench) -> dict[str, Any]:
         "tokens_a_step": {
             "pretraining": plan.pretraining_tokens,
             "after": plan.step_tokens,
-            "taught": plan.teaching_tokens,
+            "teaching": plan.teaching_tokens,
+            "taught": plan.taught_tokens,
         },
         "pretraining_steps": plan.pretraining_steps,
-        "teaching": {"steps": plan.teaching_steps, "rate": plan.teaching_rate},
+        "teaching": {
+            "steps": plan.teaching_steps,
+            "rate": plan.teaching_rate,
+            "rate_after": plan.taught[0].rate,
+        },
         "windows": {arm.name: arm.context for arm in plan.arms},
         "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
         "perplexity": perplexities(bench),
@@ -221,7 +227,7 @@ def train(bench: Bench, arm: Arm) -> None:
     if arm.scale == 1 and arm.context > L:
         name = f"{'taught-' if arm.is_taught else ''}context-{arm.context}"
         source = with_context(source, arm.context, bench.folder / name)
-    step_tokens = plan.teaching_tokens if arm.is_taught else plan.step_tokens
+    step_tokens = plan.taught_tokens if arm.is_taught else plan.step_tokens
     out = bench.folder / arm.name / "run"
     out.parent.mkdir(exist_ok=True)
     trained(bench, arm, source, step_tokens, out)

@@ -127,6 +127,8 @@ def claims(found: Measured) -> list[str]:
     factors = [arm for arm in ("PI x2", "PI x4", pi) if (arm, 0) in found.perplexity]
     reach = {arm: found.taught(arm)["k_max"] for arm in ("direct", *factors)}
     losses = [_loss(at[L], base[L]) for at in (tuned, long)]
+    trained_on = found.perplexity["trained on", short], control
+    controls = [_loss(at[L], on[L]) for at, on in zip((tuned, long), trained_on, strict=True)]
     flat = untuned[far].value / untuned[L].value
     recovered = {
         arm: found.perplexity[arm, found.recovered(arm)][found.window[arm]] for arm in factors
@@ -143,12 +145,13 @@ def claims(found: Measured) -> list[str]:
             untuned[far].value < base[far].value and flat < base[far].value / base[L].value,
             f"{pi} without a step has {untuned[L]} at L and {untuned[far]} at 8 L",
         ),
-        _claim(
-            f"{short} steps recover what interpolation cost",
-            all(at.value <= base[L].value for at in recovered.values()),
-            "at the new L' "
-            + ", ".join(f"{arm} has {at}" for arm, at in recovered.items())
-            + f"; the base at L {base[L]}",
+        *(
+            _claim(
+                f"{found.recovered(arm)} steps recover what {arm} cost",
+                at.value <= base[L].value,
+                f"{at} at its L', the base {base[L]} at L: {at.value / base[L].value - 1:+.1%}",
+            )
+            for arm, at in recovered.items()
         ),
         _claim(
             "Perplexity falls or stays as the window grows",
@@ -156,12 +159,14 @@ def claims(found: Measured) -> list[str]:
             f"{pi} at step {last}, from L to 8 L: {_change(growth)}",
         ),
         _claim(
-            "The original window keeps its loss within 3 %",
+            "The original window keeps the base's loss within 3 %",
             max(losses) <= SAME_WINDOW,
-            f"against the base's, {pi} has {losses[0]:+.1%} at step {short} and {losses[1]:+.1%} at"
-            f" step {last}; against the base trained on with as many tokens"
-            f" {_loss(tuned[L], found.perplexity['trained on', short][L]):+.1%} and"
-            f" {_loss(long[L], control[L]):+.1%}",
+            f"{pi} has {losses[0]:+.1%} at step {short} and {losses[1]:+.1%} at step {last}",
+        ),
+        _claim(
+            "... and that of the base trained on with as many tokens",
+            max(controls) <= SAME_WINDOW,
+            f"{controls[0]:+.1%} and {controls[1]:+.1%}",
         ),
         _claim(
             "It is not the further training",
@@ -169,9 +174,18 @@ def claims(found: Measured) -> list[str]:
             f"trained on with as many tokens on windows of L: {control[far]} at 8 L, {pi}"
             f" {long[far]}",
         ),
+        *(
+            _claim(
+                f"{arm} finds passkeys as far as its window reaches after {short} steps",
+                reach[arm] == _farthest(found.taught(arm)),
+                f"k_max {reach[arm]:,} of {_farthest(found.taught(arm)):,},"
+                f" {_found_of(found.taught(arm))} found",
+            )
+            for arm in factors
+        ),
         _claim(
             f"Direct fine-tuning reaches less far in {short} steps (passkey)",
-            reach["direct"] < reach[pi] if any(reach.values()) else None,
+            reach["direct"] < reach[pi] if reach["direct"] or reach[pi] else None,
             "k_max "
             + ", ".join(f"{arm} {k:,}" for arm, k in reach.items())
             + f"; at L the base finds {_found_of(found.passkey['taught', 0])}",
@@ -249,20 +263,26 @@ def _table_4(document: Document, found: Measured) -> list[str]:
         low, high = row["k_max_bounds"]
         k_max = f"{row['k_max']:,} ({low:,} to {high:,})"
         rows.append((arm, str(step), f"{row['window']:,}", k_max, _found_of(row)))
-    tokens, teaching = document["tokens_a_step"]["taught"], document["teaching"]
+    tokens, teaching = document["tokens_a_step"], document["teaching"]
     return [
-        "k_max with what the Wilson intervals allow, and how many passkeys were found in all. The"
-        f" base is first taught the task for {teaching['steps']} steps of {tokens:,} tokens on"
-        f" windows of L, at {teaching['rate']:g}, on texts of which four fifths are the prompt with"
-        " its answer at every distance that the window has: with whole lines of filler it has two,"
-        " and the base had learned those by heart. Then every way is trained with as many tokens a"
-        " step on its own window.",
+        "k_max with what the Wilson intervals allow, and how many passkeys were found in all.",
+        "",
+        f"The base is first taught the task for {teaching['steps']} steps of"
+        f" {tokens['teaching']:,} tokens on windows of L, at {teaching['rate']:g}, on texts of"
+        " which four fifths are the prompt with its answer at every distance that the window has."
+        " With whole lines of filler it has two, and a base that was trained so had learned those"
+        " by heart and found nothing at any other. Then every way is trained with"
+        f" {tokens['taught']:,} tokens a step on its own window, at {teaching['rate_after']:g}.",
         "",
         *_rows(("model", "step", "prompt", "k_max", "found"), rows),
         "",
         "The paper's, at 200 steps: PI reaches its window at every factor; direct fine-tuning to"
         " 8,192 reaches 1,792 (and 2,560 after 10,000 steps).",
     ]
+
+
+def _farthest(row: Document) -> int:
+    return max(depth["distance"] for depth in row["depths"])
 
 
 def _found_of(row: Document) -> str:
