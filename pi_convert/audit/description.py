@@ -118,7 +118,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint that can be exported."""
     rope, hparams, vocabulary = checkpoint.rope, checkpoint.hparams, checkpoint.vocabulary
     tensors = _groups((t.encoding, t.elements, t.size_bytes) for t in checkpoint.tensors.values())
-    notes = unrecorded_scaling(checkpoint), _tuned_otherwise(checkpoint)
+    note = unrecorded_scaling(checkpoint) or _tuned_otherwise(checkpoint)
     return Description(
         label=checkpoint.origin.label,
         container=checkpoint.origin.kind,
@@ -145,7 +145,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         },
         sliding_window=hparams.sliding_window,
         record=_finetuning(checkpoint),
-        notes=tuple(note for note in notes if note),
+        notes=(note,) if note else (),
     )
 
 
