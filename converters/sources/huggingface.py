@@ -31,7 +31,7 @@ HEAD = "lm_head.weight"
 _PREFIX = "model."
 # What ``pi-convert finetune`` leaves beside the weights: L, s, L', recipe and text.
 FINETUNE_RECORD = "pi_convert_finetune.json"
-_UNFINISHED = "run/recipe.json"  # what a run of finetune has from the start; a config comes last
+RUN, RECIPE = "run", "recipe.json"  # what its folder has from the start; a config comes last
 _SIDE_FILES = (
     FINETUNE_RECORD,
     "generation_config.json",
@@ -100,7 +100,7 @@ def _read_config(folder: Path) -> dict[str, object]:
                 f"{folder}: no {CONFIG}, but {', '.join(ggufs[:4])}",
                 hint="Give the GGUF file itself.",
             )
-        if (folder / _UNFINISHED).is_file():
+        if (folder / RUN / RECIPE).is_file():
             raise SourceError(
                 f"{folder} holds a run of `pi-convert finetune` that is not finished",
                 hint="Go on with the command that it was started with and --resume.",

@@ -156,6 +156,7 @@ def command(
     if texts and options.dry_run:
         raise click.UsageError("--dry-run does not go with --finetune, which trains.")
     from converters.sources import open_checkpoint
+    from pi_convert.commands._scale import note_second_factor
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit
 
@@ -166,6 +167,7 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
+    note_second_factor(scale, source)
     if texts:
         from pi_convert.commands.finetune import tuned_source
 

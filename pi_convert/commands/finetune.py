@@ -146,9 +146,9 @@ def command(
       pi-convert finetune ./llama --scale 8 --text ./pile --preset paper --device cuda --resume
     """
     from converters.sources import open_checkpoint
+    from converters.sources.huggingface import RUN
     from pi_convert.commands._scale import note_second_factor, require_no_second_factor
     from pi_convert.defaults import resolve_model
-    from pi_convert.finetune.documents import RUN
     from pi_convert.finetune.processes import OtherProcessError, said_once
     from pi_convert.report.console import emit
 
@@ -229,7 +229,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
 def _draw(request: FinetuneRequest, first: int, seconds: float) -> None:
     """The page of losses; where it cannot be written, how the run ended matters more."""
     from converters.errors import ConvertError
-    from pi_convert.finetune.documents import RUN
+    from converters.sources.huggingface import RUN
     from pi_convert.finetune.train import LOG_NAME
     from pi_convert.report.finetune import LossPlot, write_loss_plot
     from pi_convert.report.provenance import environment
@@ -267,7 +267,7 @@ def tuned_source(
     ``click.Abort`` where it is stopped again.
     """
     from converters.sources import open_checkpoint
-    from pi_convert.finetune.documents import RUN
+    from converters.sources.huggingface import RUN
 
     folder = out / f"{source.interpolate(scale).artifact_name}-finetuned"
     flags = dict.fromkeys(("window", "global_batch", "learning_rate"))

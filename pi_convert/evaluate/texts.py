@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converters.errors import SourceError
 
-TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text", "")
+TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text")
 _TABLES = (".jsonl", ".parquet")
 
 
@@ -67,6 +67,6 @@ def _files(path: Path) -> list[Path]:
     found = [file for file in inside if file.is_file()]
     if not found:
         raise SourceError(
-            f"{path}: no text in it", hint=f"Expected {', '.join(TEXT_SUFFIXES[:-1])} files."
+            f"{path}: no text in it", hint=f"Expected {', '.join(TEXT_SUFFIXES)} files."
         )
     return found

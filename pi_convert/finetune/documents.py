@@ -14,11 +14,10 @@ from pathlib import Path
 from converters.errors import EnvironmentNotReadyError, SourceError
 from converters.files import sha256_file
 from converters.install import install_line
-from converters.sources.huggingface import FINETUNE_RECORD
+from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
 from pi_convert.evaluate.texts import TEXT_SUFFIXES
 
 TEXT_KEY = "text"
-RUN, RECIPE = "run", "recipe.json"  # where a run's folder says that it is one
 _TABLE_SUFFIXES = (".jsonl", ".parquet")
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 256
@@ -209,7 +208,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_named_text(path: Path) -> bool:
-    return path.suffix.lower() in (*TEXT_SUFFIXES[:-1], *_TABLE_SUFFIXES)
+    return path.suffix.lower() in (*TEXT_SUFFIXES, *_TABLE_SUFFIXES)
 
 
 def _not_installed(error: ImportError) -> EnvironmentNotReadyError:

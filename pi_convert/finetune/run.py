@@ -25,11 +25,11 @@ from converters.files import atomic_file
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
-from converters.sources.huggingface import FINETUNE_RECORD
+from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
 from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
-from pi_convert.finetune.documents import RECIPE, RUN, documents, fingerprint, text_files
+from pi_convert.finetune.documents import documents, fingerprint, text_files
 from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 

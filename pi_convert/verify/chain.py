@@ -10,6 +10,7 @@ from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.ggml import load_ggml
 from converters.progress import Progress, silent
 from converters.rope import RopeParameters
+from pi_convert.evaluate import statistics
 from pi_convert.evaluate.windows import TokenStream, encode_documents
 from pi_convert.runtimes.llamacpp import require_device
 from pi_convert.runtimes.ort import require_provider
@@ -75,6 +76,7 @@ def _require_runtime(request: VerifyRequest) -> None:
         require_device(request.llamacpp)
     if threads is not None:
         limit_threads(threads)
+        statistics.limit_threads(threads)
 
 
 def _run(subject: Subject, reference: ReferenceEncoder, progress: Progress) -> list[LinkResult]:

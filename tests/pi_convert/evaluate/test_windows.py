@@ -76,7 +76,7 @@ def test_the_default_text_is_in_one_order() -> None:
 
 def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    for name in ("c.txt", "b/a.md", "a.TXT", "weights.bin", "b/b.json"):
+    for name in ("c.txt", "b/a.md", "a.TXT", "weights.bin", "b/b.json", ".DS_Store"):
         (tmp_path / name).write_text(name)
     (tmp_path.parent / "alone.json").write_text("alone")
     given = [tmp_path.parent / "alone.json", tmp_path]

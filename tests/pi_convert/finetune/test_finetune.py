@@ -81,6 +81,7 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
     further = [str(whole), "--to", "safetensors", "--scale", "2", "--out", str(tmp_path / "more")]
     result = CliRunner().invoke(export, further)
     assert result.exit_code == 0, result.output
+    assert "has factor 2 already, and --scale 2 makes 4" in result.stderr
     (folder,) = (tmp_path / "more").iterdir()
     shown = CliRunner().invoke(inspect, [str(folder)]).stdout
     assert "tuned with factor 2, as the record says; the RoPE has 4 and was changed since" in shown
