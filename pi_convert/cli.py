@@ -9,6 +9,7 @@ EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
 try:  # these take most of the time until ``run`` can answer a Ctrl-C
+    import contextlib
     import importlib
     import logging
     import os
@@ -99,11 +100,26 @@ def main() -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun and accelerate launch
+        _leave_at_once(code)
+    sys.exit(code)
 
 
 def _end(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Ends one of several processes without taking the interpreter down first.
+
+    A thread of gloo that still has a tensor to drop needs the interpreter for it, and aborts the
+    process where that is on its way down; torchrun then ends the other processes too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:

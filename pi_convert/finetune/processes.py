@@ -64,10 +64,7 @@ def _elsewhere(process: int) -> OtherProcessError:
 
 
 def leave_together(arguments: Any) -> None:
-    """No process of ``torchrun`` ends before the one that writes, nor with the group open.
-
-    One that did would now and then abort in gloo's threads, and torchrun would then end them all.
-    """
+    """No process of ``torchrun`` ends before the one that writes, nor with the group open."""
     if arguments.world_size > 1:
         import torch
 

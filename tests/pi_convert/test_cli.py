@@ -165,3 +165,20 @@ def test_python_m_runs_it() -> None:
         text=True,
     )
     assert done.stdout.startswith("pi-convert ")
+
+
+@pytest.mark.parametrize(("processes", "finalized"), [("1", True), ("2", False)])
+@pytest.mark.parametrize("words", [["--version"], ["inspect", "nothing-here"]])
+def test_one_of_several_processes_leaves_the_interpreter_up(
+    processes: str, finalized: bool, words: list[str]
+) -> None:
+    """Gloo's threads abort while it goes down; what was said and the exit code stay."""
+    done = subprocess.run(
+        [sys.executable, "-c",
+         "import atexit, sys; from pi_convert.cli import main\n"
+         f"atexit.register(print, 'finalized'); sys.argv[1:] = {words!r}; main()"],
+        env={**os.environ, "WORLD_SIZE": processes}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (0 if words == ["--version"] else 1)
+    assert ("pi-convert " if words == ["--version"] else "error: ") in done.stdout + done.stderr
+    assert ("finalized" in done.stdout) == finalized

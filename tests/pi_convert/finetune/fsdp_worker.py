@@ -5,6 +5,7 @@ usage: torchrun --nproc-per-node 2 fsdp_worker.py MODEL
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -52,4 +53,5 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # the mesh keeps gloo's threads, which abort while the interpreter goes down
