@@ -12,18 +12,25 @@ from pathlib import Path
 
 from converters.checkpoint import ModelCard
 
+_TUNED = "-finetuned"
 _FENCE = "---"
 _HUB_URL = "https://huggingface.co/"
-# What exporters append to a model's name: the type of its numbers, and our own mark.
+# What exporters append to a model's name: the type of its numbers, and our own mark, which stands
+# before ``_TUNED`` in the name of a run's folder.
 _TYPE_SUFFIX = re.compile(
-    r"[-._](i?q\d\w*|b?f(16|32)|fp(16|32)|tq\d_\d|mxfp4\w*|pi\d+(\.\d+)?)$", re.IGNORECASE
+    r"[-._](i?q\d\w*|b?f(16|32)|fp(16|32)|tq\d_\d|mxfp4\w*|pi\d+(\.\d+)?)(?=$|-finetuned$)",
+    re.IGNORECASE,
 )
 
 
 def card_of_folder(
-    folder: Path, config: Mapping[str, object], *, hub_id: str | None, parameters: int
+    folder: Path, config: Mapping[str, object], *, hub_id: str | None, parameters: int, tuned: bool
 ) -> ModelCard:
-    """The card of a Hugging Face folder; ``parameters`` helps to tell a size from a context."""
+    """The card of a Hugging Face folder; ``parameters`` helps to tell a size from a context.
+
+    In a folder that was ``tuned`` by ``pi-convert finetune`` they are the base's, whose name it
+    does not share: exports of both would have the same one.
+    """
     import gguf
 
     readme = read_front_matter(folder / "README.md")
@@ -32,11 +39,14 @@ def card_of_folder(
     found = gguf.Metadata.apply_metadata_heuristic(
         gguf.Metadata(), readme, {"_name_or_path": named}, Path(model_id), parameters
     )
-    if hub_id is None and named is not None and named.count("/") <= 1:
-        model_id = named
     own_name = _text(readme.get("name")) or _text(readme.get("model_name"))
+    said = _file_name(own_name or "")
+    if not said and hub_id is None and named is not None and named.count("/") <= 1:
+        said = _file_name(named)
+    if said and tuned:
+        said = tuned_name(said)
     return ModelCard(
-        name=_file_name(own_name or "") or _file_name(model_id) or plain_name(folder.name),
+        name=said or _file_name(model_id) or plain_name(folder.name),
         license=_joined(found.license),
         tags=_texts(found.tags),
         languages=_texts(found.languages),
@@ -72,10 +82,18 @@ def card_of_gguf(keys: Mapping[str, object], path: Path) -> ModelCard:
 
 
 def plain_name(name: str) -> str:
-    """A model's name without the suffixes that exporters append: ``-Q4_1``, ``.f16``, ``-PI8``."""
+    """A model's name without what exporters append: ``-Q4_1``, ``.f16``, ``-PI8``.
+
+    ``x-PI8-finetuned``, as the folder of a run is called, is ``x-finetuned``.
+    """
     while (shorter := _TYPE_SUFFIX.sub("", name)) not in (name, ""):
         name = shorter
     return name
+
+
+def tuned_name(name: str) -> str:
+    """What the model of that name is called once it was fine-tuned."""
+    return name if name.endswith(_TUNED) else name + _TUNED
 
 
 def read_front_matter(readme: Path) -> dict[str, object]:

@@ -85,6 +85,7 @@ def open_folder(
             config,
             hub_id=origin.label if origin.kind == "hub" else None,
             parameters=sum(t.elements for t in tensors.values()),
+            tuned=(folder / FINETUNE_RECORD).is_file(),
         ),
         groups=architecture.groups_present(tensors),
         config=config,

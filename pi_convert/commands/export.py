@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,9 +170,13 @@ def command(
     )
     note_second_factor(scale, source)
     if texts:
+        from converters.sources.card import tuned_name
         from pi_convert.commands.finetune import tuned_source
 
-        require_export(source, _scale(scale, source), options)  # before hours are spent
+        # Before hours are spent; so the exports will be called.
+        card = dataclasses.replace(source.card, name=tuned_name(source.card.name))
+        named = dataclasses.replace(source, card=card)
+        require_export(named, _scale(scale, source), options)
         if options.threads is not None:
             from pi_convert.runtimes.pytorch import limit_threads
 

@@ -19,6 +19,7 @@ from pi_convert.commands.options import (
     revision_option,
     scale_option,
 )
+from pi_convert.report.console import size, tell_line
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -220,7 +221,13 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     teller, started = _Teller(), time.monotonic()
     try:
         with progress() as tell:
-            return finetune(request, teller, tell, Told(_Estimated(request.schedule), _stopping))
+            told = Told(
+                before=_before,
+                estimate=_Estimated(request.schedule),
+                stopping=_stopping,
+                held_out=lambda done, windows: tell("measuring held-out windows", done, windows),
+            )
+            return finetune(request, teller, tell, told)
     finally:  # a run that ends in an error or at a second Ctrl-C has its losses too
         if teller.first is not None:
             _draw(request, teller.first, time.monotonic() - started)
@@ -306,16 +313,21 @@ class _Teller:
             f" {report.tokens_per_second:,.0f} tokens/s, {_duration(report.seconds_left)} left"
         )
         if report.perplexity_below is not None:
-            line += f"; held-out perplexity {report.perplexity_below:.2f} below L"
-        if report.perplexity_past is not None:
-            line += f", {report.perplexity_past:.2f} past it"
-        click.echo(line, err=True)
+            line += f"; {_held_out(report.perplexity_below, report.perplexity_past)}"
+        tell_line(line)
+
+
+def _before(below: float, past: float | None) -> None:
+    tell_line(f"before the first step: {_held_out(below, past)}")
+
+
+def _held_out(below: float, past: float | None) -> str:
+    further = "" if past is None else f", {past:.2f} past it"
+    return f"held-out perplexity {below:.2f} below L{further}"
 
 
 def _stopping() -> None:
-    click.echo(
-        "the step goes on to its end, then it is saved; Ctrl-C again stops at once", err=True
-    )
+    tell_line("the step goes on to its end, then it is saved; Ctrl-C again stops at once")
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,19 +337,13 @@ class _Estimated:
     schedule: Schedule
 
     def __call__(self, estimate: Estimate) -> None:
-        from pi_convert.report.console import size
-
-        click.echo(
+        tell_line(
             f"estimate: {_duration(estimate.seconds)} for {estimate.steps:,}"
             f" step{'s'[: estimate.steps != 1]}, {size(estimate.peak_bytes)} of memory at the"
-            " peak, from one measured pass. Ctrl-C saves and stops.",
-            err=True,
+            " peak, from one measured pass. Ctrl-C saves and stops."
         )
         if self.schedule.eval_every and not estimate.held_out:
-            click.echo(
-                "fewer than 10 windows of text: none is held out, so no perplexity is told",
-                err=True,
-            )
+            tell_line("fewer than 10 windows of text: none is held out, so no perplexity is told")
 
 
 def _require_memory(request: FinetuneRequest) -> None:
@@ -349,7 +355,6 @@ def _require_memory(request: FinetuneRequest) -> None:
     """
     from converters.errors import EnvironmentNotReadyError
     from pi_convert.finetune.recipe import TRAINED_BESIDE_ADAPTERS
-    from pi_convert.report.console import size
     from pi_convert.report.runlines import available_memory_bytes
 
     if request.device != "cpu" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -384,7 +389,7 @@ def _written(done: Finetuned) -> str:
 
     buckets = done.record["tokens_by_position"]
     rows = [
-        [f"{b['from']:,} to {b['to']:,}", f"{b['tokens']:,}"]
+        [f"{b['from']:,} to {b['to'] - 1:,}", f"{b['tokens']:,}"]
         for b in buckets  # type: ignore[attr-defined]
     ]
     return "\n".join(

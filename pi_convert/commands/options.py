@@ -13,6 +13,7 @@ import click
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
+_WEIGHTS = (".safetensors", ".bin", ".pth")  # of a checkpoint's folder
 
 
 class ScaleType(click.ParamType[float]):
@@ -85,6 +86,11 @@ def original_context_option(function: Decorated) -> Decorated:
     )(function)
 
 
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def require_gguf_file(path: Path, command: str) -> None:
     """Raises ``SourceError`` where ``path`` is no file, naming the GGUF that may be meant.
 
@@ -92,10 +98,11 @@ def require_gguf_file(path: Path, command: str) -> None:
     """
     from converters.errors import SourceError
 
-    if path.exists() and not path.is_dir():
+    weights = path.suffix in _WEIGHTS and path.is_file() and not _is_gguf(path)
+    if path.exists() and not path.is_dir() and not weights:
         return
     takes = "one GGUF file" if command == "fix" else "a GGUF file, an ONNX file or its folder"
-    if not path.is_dir():
+    if not path.exists():
         raise SourceError(f"{path}: there is no such file", hint="Check the path.")
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
@@ -103,10 +110,10 @@ def require_gguf_file(path: Path, command: str) -> None:
         hint = f"Give the file itself: pi-convert {command} {shlex.quote(str(ggufs[0]))}"
     elif any(path.glob("*.onnx")) or any(path.glob("onnx/*.onnx")):  # only fix asks this of one
         found, hint = "an ONNX folder", "Export it again from its source; fix repairs GGUF files."
-    elif (path / "config.json").is_file():
-        found = "a Hugging Face folder"
-        words = f"pi-convert export {shlex.quote(str(path))} --to gguf --scale S"
-        hint = f"Export it first: {words}"
+    elif weights or (path / "config.json").is_file():
+        found = "a checkpoint's weights" if weights else "a Hugging Face folder"
+        folder = shlex.quote(str(path.parent if weights else path))
+        hint = f"Export it first: pi-convert export {folder} --to gguf --scale S"
     else:
         found, hint = "a folder", f"Give {takes}; there is none in this folder."
     raise SourceError(f"{path} is {found}, and {command} takes {takes}", hint=hint)

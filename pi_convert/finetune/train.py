@@ -92,8 +92,10 @@ Report = Callable[[StepReport], None]
 class Told:
     """What is told beside the steps."""
 
+    before: Callable[[float, float | None], None] = lambda *_: None  # perplexities below, past L
     estimate: Callable[[Estimate], None] = lambda _: None
     stopping: Callable[[], None] = lambda: None  # at a Ctrl-C, while the step goes on to its end
+    held_out: Callable[[int, int], None] = lambda *_: None  # windows done, of so many
 
 
 def training_arguments(
@@ -255,12 +257,22 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the clock, and drops log lines of steps that are done again."""
+        """Starts the clock, and drops log lines of steps that are done again.
+
+        What the interpolated model is like before the first step is told where perplexities are.
+        """
         self._started, self._first = time.monotonic(), state.global_step
+        done = state.global_step if state.global_step else -1
         if state.is_world_process_zero and self._log.is_file():
             lines = self._log.read_text("utf-8").rpartition("\n")[0].splitlines()  # a kill cuts one
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in lines if json.loads(line)["step"] <= done]
             self._log.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        if self._held_out is None or not self._schedule.eval_every or state.global_step:
+            return
+        below, past = self._perplexities(args.device, state.is_world_process_zero)
+        if state.is_world_process_zero and below is not None:
+            self._append({"step": 0, "tokens": 0, **_held_out(below, past)})
+            self.told.before(below, past)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Saves and stops after a Ctrl-C; every process at the same step."""
@@ -279,7 +291,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         seconds = time.monotonic() - self._started - self._evaluated
         below = past = None
         if self._held_out is not None and every and (step % every == 0 or step == args.max_steps):
-            below, past = self._perplexities(args.device)
+            below, past = self._perplexities(args.device, state.is_world_process_zero)
         if not state.is_world_process_zero:
             return
         done = step - self._first
@@ -293,40 +305,40 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             perplexity_past=past,
             peak_bytes=_peak_bytes(args.device),
         )
-        self._append(report, logs)
+        self._append(
+            {
+                "step": report.step,
+                "loss": report.loss,
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs["learning_rate"],
+                "tokens": report.step * self._recipe.step_tokens,
+                "tokens_per_second": report.tokens_per_second,
+                **_held_out(below, past),
+                "peak_bytes": report.peak_bytes,
+            }
+        )
         self._tell(report)
 
-    def _append(self, report: StepReport, logs: Mapping[str, Any]) -> None:
-        line = {
-            "step": report.step,
-            "loss": report.loss,
-            "grad_norm": logs.get("grad_norm"),
-            "learning_rate": logs["learning_rate"],
-            "tokens": report.step * self._recipe.step_tokens,
-            "tokens_per_second": report.tokens_per_second,
-            "perplexity_below": report.perplexity_below,
-            "perplexity_past": report.perplexity_past,
-            "peak_bytes": report.peak_bytes,
-        }
+    def _append(self, line: Mapping[str, float | None]) -> None:
         room = _having_room(self._log.with_name(CHECKPOINTS), self._log)
         with room, self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _perplexities(self, device: Any) -> tuple[float | None, float | None]:
+    def _perplexities(self, device: Any, is_main: bool) -> tuple[float | None, float | None]:
         """(below L, past L) over the held-out windows."""
         started, length = time.monotonic(), self._original_context - 1
         windows = self._held_out
         if windows is None:
             return None, None
+        found = []
         self._model.eval()
         with torch.no_grad():
-            losses = torch.cat(
-                [
-                    self._model(input_ids=window[None].to(device), per_token=True)["loss"].cpu()
-                    for window in windows
-                ]
-            )
+            for window in windows:
+                found.append(self._model(input_ids=window[None].to(device), per_token=True)["loss"])
+                if is_main:
+                    self.told.held_out(len(found), len(windows))
         self._model.train()
+        losses = torch.cat(found).cpu()
         self._evaluated += time.monotonic() - started
         _require_finite(losses, "of held-out windows")
         below, past = losses[:, :length], losses[:, length:]
@@ -475,6 +487,10 @@ def _stopping_at_ctrl_c(progress: Progress) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _held_out(below: float | None, past: float | None) -> dict[str, float | None]:
+    return {"perplexity_below": below, "perplexity_past": past}
 
 
 def _perplexity(losses: torch.Tensor) -> float | None:

@@ -84,15 +84,16 @@ class _Reporter:
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._lock = threading.Lock()
-        self._stage = ""
+        self._stage, self._done = "", 0
         self._started = self._drawn = 0.0
         self._line_open = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         with self._lock:
             now = time.monotonic()
-            if stage != self._stage:
+            if stage != self._stage or done < self._done:  # anew, it may be of the same name
                 self._stage, self._started, self._drawn = stage, now, 0.0 if self._terminal else now
+            self._done = done
             wait = _TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS
             if done < total and now - self._drawn < wait:
                 return
@@ -117,6 +118,12 @@ class _Reporter:
             sys.stderr.write(f"\r\x1b[2K{stage} [{bar}] {share:4.0%}{left}")
             self._line_open = True
         sys.stderr.flush()
+
+
+def tell_line(text: str) -> None:
+    """One line on stderr, in place of a bar that may stand there."""
+    sys.stderr.write(f"\r\x1b[2K{text}\n" if sys.stderr.isatty() else f"{text}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager

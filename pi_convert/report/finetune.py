@@ -41,7 +41,8 @@ def write_loss_plot(plot: LossPlot) -> Path:
 def loss_page(plot: LossPlot) -> Report:
     """Loss of training and of held-out windows against the step, in nats a token."""
     entries = read_log(plot.log)
-    first, last = entries[0], entries[-1]
+    trained = _trained(entries)
+    first, last = trained[0], trained[-1]
     done = int(last["step"] or 0)
     lines = [f"{int(last['tokens'] or 0):,} tokens trained in {done:,} steps."]
     if done < plot.steps:
@@ -71,8 +72,13 @@ def read_log(log: Path) -> list[Entry]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def _trained(entries: Sequence[Entry]) -> list[Entry]:
+    """Those of steps; the first entry may be of what there was before them."""
+    return [entry for entry in entries if entry["step"]]
+
+
 def _chart(entries: Sequence[Entry]) -> LineChart:
-    spans = _spans(entries)
+    spans = _spans(_trained(entries))
     names = {
         "perplexity_below": "held out, positions below L",
         "perplexity_past": "held out, positions past L",

@@ -16,6 +16,7 @@ from converters.checkpoint import Checkpoint
 from converters.errors import ConvertError, RopeError, SourceError, TensorError, UnsupportedError
 from converters.sources import open_checkpoint
 from converters.sources.card import plain_name
+from converters.sources.huggingface import FINETUNE_RECORD
 from tests.tiny import ODD, ODD4, write_tiny
 
 LINEAR = {"rope_scaling": {"type": "linear", "factor": 4.0}}
@@ -331,6 +332,24 @@ class TestCard:
     def test_the_config_may_name_the_model(self, tmp_path: Path) -> None:
         folder = write_tiny(tmp_path / "out", config={"_name_or_path": "org/Model-1B-Chat"})
         assert open_checkpoint(str(folder)).card.name == "Model-1B-Chat"
+
+    @pytest.mark.parametrize(
+        ("folder", "readme", "config", "name"),
+        [("out", "model_name: Tiny", {}, "Tiny-finetuned"),
+         ("Tiny", "model_name: Tiny", {}, "Tiny-finetuned"),
+         ("out", "model_name: Tiny-finetuned", {}, "Tiny-finetuned"),
+         ("out", "license: mit", {"_name_or_path": "org/Tiny"}, "Tiny-finetuned"),
+         ("own-name", "license: mit", {}, "own-name"),
+         ("Tiny-PI2-finetuned", "license: mit", {}, "Tiny-finetuned")],
+    )  # fmt: skip
+    def test_a_tuned_model_has_not_its_bases_name(
+        self, tmp_path: Path, folder: str, readme: str, config: dict[str, object], name: str
+    ) -> None:
+        tuned = write_tiny(tmp_path / folder, rope=LINEAR, config=config)
+        (tuned / "README.md").write_text(f"---\n{readme}\n---\n")
+        (tuned / FINETUNE_RECORD).write_text("{}")
+        checkpoint = open_checkpoint(str(tuned))
+        assert checkpoint.artifact_name == f"{name}-PI{checkpoint.rope.factor:g}"
 
     @pytest.mark.parametrize(
         ("stated", "name"),

@@ -56,6 +56,9 @@ def test_a_folder_is_told_from_a_gguf_file(
     text = said(model)
     assert "is a Hugging Face folder" in text
     assert f"pi-convert export {model} --to gguf --scale S" in text
+    text = said(model / "model.safetensors")
+    assert "is a checkpoint's weights" in text
+    assert f"pi-convert export {model} --to gguf --scale S" in text
     (tmp_path / "empty").mkdir()
     assert "there is none in this folder" in said(tmp_path / "empty")
     assert "there is no such file" in said(tmp_path / "missing.gguf")

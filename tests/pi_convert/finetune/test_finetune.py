@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
@@ -26,6 +26,7 @@ from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
 from pi_convert.commands.verify import command as verify
+from pi_convert.finetune.data import WindowDataset, open_store, windows
 from pi_convert.finetune.model import (
     load_model,
     merged_weights,
@@ -34,7 +35,7 @@ from pi_convert.finetune.model import (
     require_saved_frequencies,
 )
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
-from pi_convert.finetune.train import Progress, last_checkpoint
+from pi_convert.finetune.train import Progress, last_checkpoint, split_windows
 from pi_convert.report.finetune import LossPlot, write_loss_plot
 from tests.pi_convert.finetune.runs import (
     ENVIRONMENT,
@@ -95,25 +96,56 @@ def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_pa
     assert done.exit_code == 0, done.output
     assert torch.get_num_threads() == 1
     assert open_checkpoint(str(tmp_path / "tiny-PI2-finetuned")).rope.factor == 2
-    (file,) = tmp_path.glob("*.gguf")
+    file = tmp_path / "tiny-finetuned-PI2-F16.gguf"
     assert open_checkpoint(str(file)).rope.factor == 2
     assert CliRunner().invoke(export, [str(model), *flags, "--steps", "1"]).exit_code == 2
 
 
 def test_the_log_has_every_step_and_perplexity_on_both_sides_of_l(whole: Path) -> None:
     log = log_of(whole)
-    assert [line["step"] for line in log] == list(range(1, 9))
-    assert [line["step"] for line in log if line["perplexity_past"]] == [4, 8]
-    assert log[0]["learning_rate"] == pytest.approx(0.1 * 2e-5)
-    assert log[2]["learning_rate"] > log[1]["learning_rate"]
+    assert [line["step"] for line in log] == list(range(9))
+    assert [line["step"] for line in log if line["perplexity_past"]] == [0, 4, 8]
+    assert log[1]["learning_rate"] == pytest.approx(0.1 * 2e-5)
+    assert log[3]["learning_rate"] > log[2]["learning_rate"]
+
+
+def test_perplexity_before_the_first_step_is_the_untuned_models(
+    model: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    said = finetuned(model, text, out, "--eval-every", "4", steps=1)
+    before = log_of(out)[0]
+    assert before == log_of(whole)[0]
+    below, past = (before[f"perplexity_{side}"] for side in ("below", "past"))
+    line = f"before the first step: held-out perplexity {below:.2f} below L, {past:.2f} past it\n"
+    assert line in said
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # PI by hand: the frequencies of the rotary embedding, halved.
+    loaded.model.rotary_emb.inv_freq /= 2
+    store = open_store(out / "run" / "tokens")
+    _, held_out = split_windows(windows(store, 64))
+    kept = WindowDataset(store, held_out)
+    with torch.no_grad():
+        losses = torch.stack(
+            [
+                torch.nn.functional.cross_entropy(
+                    loaded(kept[i]["input_ids"][None]).logits[0, :-1],
+                    kept[i]["input_ids"][1:],
+                    reduction="none",
+                )
+                for i in range(len(kept))
+            ]
+        )
+    assert losses[:, :31].mean().exp().item() == pytest.approx(below, rel=1e-4)
+    assert losses[:, 31:].mean().exp().item() == pytest.approx(past, rel=1e-4)
 
 
 def test_the_losses_are_drawn_on_a_page_of_their_own(whole: Path) -> None:
     page = (whole / "run" / "loss.html").read_text()
     log = log_of(whole)
-    assert f"Loss {log[0]['loss']:.4f} in step 1, {log[-1]['loss']:.4f} in step 8 of 8" in page
+    assert f"Loss {log[1]['loss']:.4f} in step 1, {log[-1]['loss']:.4f} in step 8 of 8" in page
     assert "Stopped" not in page
-    for name, points in (("trained windows", 8), ("held out, positions past L", 2)):
+    for name, points in (("trained windows", 8), ("held out, positions past L", 3)):
         assert page.count(f"<title>{name}: ") == 2 * points  # drawn wide and narrow
     assert not re.search(r"<script|<link|src=|url\(", page)
 
@@ -142,7 +174,7 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
             if line.startswith(f"step {stop} of 8"):
                 running.send_signal(signal.SIGKILL)
                 break
-    assert len(log_of(out)) in (stop, stop + 1)
+    assert log_of(out)[-1]["step"] in (stop, stop + 1)
     assert last_checkpoint(out / "run" / "checkpoints") == out / "run/checkpoints/checkpoint-3"
     assert not (out / "config.json").exists()
     with pytest.raises(OutputError, match="another run"):
@@ -152,7 +184,11 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
     with (out / "run" / "trainer_log.jsonl").open("a") as log:
         log.write('{"step": 6, "lo')  # as a kill may leave it
     finetuned(model, text, out, *more, "--resume", steps=8)
-    assert [line["loss"] for line in log_of(out)] == [line["loss"] for line in log_of(whole)]
+    alike = ("loss", "perplexity_below", "perplexity_past")
+    lines, expected = log_of(out), log_of(whole)
+    assert [[x.get(key) for key in alike] for x in lines] == [
+        [x.get(key) for key in alike] for x in expected
+    ]
     assert weights(out) == weights(whole)
 
 
@@ -210,7 +246,7 @@ def test_windows_at_once_and_kept_activations_change_no_loss(
     finetuned(plain, text, tmp_path / "one", "--learning-rate", "1e-2")
     passes = "--micro-batch", "2", "--no-gradient-checkpointing"
     finetuned(plain, text, tmp_path / "two", "--learning-rate", "1e-2", *passes)
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    one, two = (log_of(tmp_path / name)[1:] for name in ("one", "two"))
     assert one[-1]["loss"] != pytest.approx(one[0]["loss"], rel=10 * PROCESSES_AGREE)
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=PROCESSES_AGREE)
@@ -250,8 +286,10 @@ def test_two_processes_give_the_losses_of_one(
     done = in_two_processes(launcher, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
-    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+    before, *logs = zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True)
+    for one, two in logs:
         assert two["loss"] == pytest.approx(one["loss"], rel=PROCESSES_AGREE)
+    assert before[1] == pytest.approx(before[0], rel=PROCESSES_AGREE)
 
 
 def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:

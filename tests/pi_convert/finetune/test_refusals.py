@@ -225,7 +225,8 @@ def test_export_refuses_its_output_before_it_trains(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     flags = ["--to", "gguf", "--scale", "2", "--quantize", "f16", "--out", str(tmp_path)]
-    assert CliRunner().invoke(export, [str(model), *flags]).exit_code == 0
+    assert CliRunner().invoke(export, [str(model), *flags]).exit_code == 0  # another name
+    (tmp_path / "tiny-PI2-F16.gguf").rename(tmp_path / "tiny-finetuned-PI2-F16.gguf")
     tuned = [str(model), *flags, "--finetune", str(text), "--steps", "2"]
     refused = CliRunner().invoke(export, tuned)
     assert isinstance(refused.exception, OutputError)
