@@ -23,6 +23,7 @@ from pi_convert.commands._models import Opening, open_model
 from pi_convert.evaluate.models import require_context, require_memory
 from pi_convert.evaluate.perplexity import measure_perplexity, plan_windows
 from pi_convert.evaluate.windows import TokenStream
+from pi_convert.report import runlines
 from tests.tiny import write_tiny, write_tiny_onnx
 
 # llama.cpp's flash attention works in f16: off, so that all three are float32.
@@ -265,13 +266,22 @@ def test_contexts_that_are_not_held_are_refused_before_work(
         assert says in capfd.readouterr().err
 
 
-def test_two_models_at_once_need_the_memory_of_both(folder: Path) -> None:
+def test_two_models_at_once_need_the_memory_of_both(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = open_model(str(folder), Opening(ONE))
     need = model.sizes.weight_bytes + 64 * model.sizes.cache_bytes
     room = int(1.5 * need / 0.9)
     require_memory([model], 64, free_bytes=room)
     with pytest.raises(EnvironmentNotReadyError, match=r" and .* with 64 tokens need "):
         require_memory([model, model], 64, free_bytes=room)
+    monkeypatch.setattr(runlines, "available_memory_bytes", lambda: room)
+    words = [str(folder), str(folder)]
+    assert cli.run(["compare", *words, "--context", "64"]) == 1
+    assert " with 64 tokens need " in capfd.readouterr().err
+    assert (
+        cli.run(["perplexity", *words, "--contexts", "64", "--stride", "32"]) == 0
+    )  # one after the other
 
 
 def test_models_with_other_tokens_are_not_compared(
