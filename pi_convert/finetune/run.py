@@ -28,6 +28,7 @@ from converters.progress import silent
 from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
 from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
+from pi_convert.finetune.allocator import return_large_blocks
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
 from pi_convert.finetune.documents import documents, fingerprint, text_files
 from pi_convert.finetune.processes import all_ready, leave_together
@@ -84,6 +85,8 @@ def finetune(
     from pi_convert.finetune.model import load_model, require_frequencies
 
     _no_bars()
+    if request.device == "cpu":
+        return_large_blocks()
     run = request.out / RUN
     arguments = train.training_arguments(
         run / train.CHECKPOINTS, request.recipe, request.device, request.schedule, request.passes
