@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from converters.errors import EnvironmentNotReadyError
+from converters.ggml.alignment import align_arrays
 
 INSTALL_HINT = "Install it: pip install 'llama-cpp-python>=0.3.36,<0.4'"
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
@@ -84,6 +85,7 @@ def load_libraries() -> Libraries:
     if spec is None or spec.origin is None:
         raise EnvironmentNotReadyError("llama-cpp-python is not installed", hint=INSTALL_HINT)
     folder = Path(spec.origin).parent / "lib"
+    align_arrays()
     ggml = _load(folder / f"libggml-base.{_SUFFIX}")
     llama = _load(folder / f"libllama.{_SUFFIX}")
     try:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from converters.errors import ConvertError, EnvironmentNotReadyError
 from converters.ggml import Ggml, load_ggml
+from converters.ggml.alignment import align_arrays
 from converters.install import DEFAULT_MODEL_LINE
 from pi_convert.audit.quantizers import QuantizerUse, survey_quantizers
 from pi_convert.defaults import default_model_path
@@ -54,6 +55,7 @@ class GgmlBuild:
     folder: Path
     compiled_features: str  # llama.cpp's own words
     offloads_to_gpu: bool
+    arrays_aligned: bool  # on cache lines, see converters.ggml.alignment; else it runs slower
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ def _ggml_build() -> GgmlBuild:
         folder=libraries.folder,
         compiled_features=ggml.system_info().strip(),
         offloads_to_gpu=ggml.supports_gpu_offload(),
+        arrays_aligned=align_arrays(),
     )
 
 

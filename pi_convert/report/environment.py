@@ -53,6 +53,9 @@ def _ggml_text(build: GgmlBuild) -> str:
             "in": str(build.folder),
             "compiled for": build.compiled_features or "not told",
             "GPU offload": "yes" if build.offloads_to_gpu else "no: CPU build",
+            "large arrays": "on cache lines"
+            if build.arrays_aligned
+            else "anywhere: slower; the library that aligns them was not compiled",
         }
     )
 
@@ -142,6 +145,7 @@ def environment_json(environment: Environment) -> dict[str, object]:
             "folder": str(build.folder),
             "compiled_features": build.compiled_features,
             "offloads_to_gpu": build.offloads_to_gpu,
+            "arrays_aligned": build.arrays_aligned,
         },
         "quantizers": [
             {

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from converters.errors import ConvertError, EnvironmentNotReadyError, SourceError
+from converters.ggml.alignment import align_arrays
 from converters.rope import RopeParameters
 from converters.rope import gguf as rope_keys
 from pi_convert.runtimes.base import CHUNK_TOKENS, Closing, Logits, Tokens
@@ -339,6 +340,7 @@ def _log() -> _Log:
 
 @functools.cache
 def _library() -> Any:
+    align_arrays()
     try:
         from llama_cpp import llama_cpp
     except ImportError as error:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from converters.errors import EnvironmentNotReadyError, SourceError
+from converters.ggml.alignment import LIBRARY
 from converters.install import install_line
 from pi_convert.audit import environment
 from pi_convert.commands.doctor import command
@@ -65,7 +66,9 @@ def test_text_names_everything() -> None:
 def test_gpu_offload_is_what_llama_cpp_says() -> None:
     import llama_cpp
 
-    assert doctor()[1]["ggml"]["offloads_to_gpu"] == bool(llama_cpp.llama_supports_gpu_offload())
+    ggml = doctor()[1]["ggml"]
+    assert ggml["offloads_to_gpu"] == bool(llama_cpp.llama_supports_gpu_offload())
+    assert ggml["arrays_aligned"] == LIBRARY.is_file()
 
 
 def test_a_missing_base_package_breaks_it(installed: dict[str, str | None]) -> None:
