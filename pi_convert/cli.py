@@ -101,7 +101,7 @@ def main() -> NoReturn:
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
     code = run(sys.argv[1:])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun and accelerate launch
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun and accelerate launch
         _leave_at_once(code)
     sys.exit(code)
 

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 def align_arrays() -> bool:
     """Whether libraries that are loaded from now on find our ``operator new[]`` before libstdc++'s.
 
-    libggml is bound to one while it is loaded, so this comes first. A fifth of a pass with flash
+    libggml is bound to one while it is loaded, so this comes first. An eighth of a pass with flash
     attention on 4,096 tokens is at stake (AVX-512), no bit of a result. False where it was not
     compiled with this installation.
     """

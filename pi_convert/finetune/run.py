@@ -28,9 +28,9 @@ from converters.progress import silent
 from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
 from converters.targets.huggingface import write_folder
 from converters.tensor import Tensor
-from pi_convert.finetune.allocator import return_large_blocks
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
 from pi_convert.finetune.documents import documents, fingerprint, text_files
+from pi_convert.finetune.memory import return_large_blocks
 from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 

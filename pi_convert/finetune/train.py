@@ -22,6 +22,7 @@ from torch.utils.data import SequentialSampler
 
 from converters.errors import ConvertError, OutputError, TrainingError
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
+from pi_convert.finetune.memory import peak_bytes
 from pi_convert.finetune.recipe import Recipe
 
 HELD_OUT_AT_MOST = 4
@@ -251,7 +252,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             Estimate(
                 seconds=seconds * passes,
                 steps=steps,
-                peak_bytes=_peak_bytes(arguments.device) + _MOMENT_BYTES * trained,
+                peak_bytes=peak_bytes(arguments.device) + _MOMENT_BYTES * trained,
                 held_out=0 if self._held_out is None else len(self._held_out),
             )
         )
@@ -303,7 +304,7 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
             seconds_left=(args.max_steps - step) * seconds / done,
             perplexity_below=below,
             perplexity_past=past,
-            peak_bytes=_peak_bytes(args.device),
+            peak_bytes=peak_bytes(args.device),
         )
         self._append(
             {
@@ -496,12 +497,3 @@ def _held_out(below: float | None, past: float | None) -> dict[str, float | None
 def _perplexity(losses: torch.Tensor) -> float | None:
     """Infinity where it is too large for a float."""
     return losses.double().mean().exp().item() if losses.numel() else None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Of the accelerator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,7 +10,7 @@ import pytest
 # hblkhd: bytes in blocks of their own, which free gives back; malloc.h has the struct.
 SCRIPT = """
 import ctypes, sys
-from pi_convert.finetune.allocator import return_large_blocks
+from pi_convert.finetune.memory import return_large_blocks
 
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 

@@ -1,8 +1,12 @@
-"""What the C library does with memory that the training frees."""
+"""Memory of the training: its peak, and what the C library does with what is freed."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE_BLOCK_BYTES = 16 << 20
@@ -18,3 +22,14 @@ def return_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the accelerator, or of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
