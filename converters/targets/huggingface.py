@@ -145,7 +145,9 @@ class _FolderWriting:
 
     def finish(self, source_hash: str) -> FolderArtifact:
         target = self.target
-        small = _small_files(target.checkpoint, target.encoding, self.shards)
+        small = files_beside_tensors(target.checkpoint, target.encoding)
+        if len(self.shards) > 1:
+            small[_INDEX] = shard_index(self.shards)
         for name, data in small.items():
             (self.folder / name).write_bytes(data)
         _read_back(self.folder, target.checkpoint, self.shards)
@@ -210,16 +212,18 @@ def _new_config(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _small_files(
-    checkpoint: Checkpoint, encoding: Encoding | None, shards: tuple[Shard, ...]
+def files_beside_tensors(
+    checkpoint: Checkpoint, encoding: Encoding | None = None
 ) -> dict[str, bytes]:
+    """Config, tokenizer, README and what else the source has, by name.
+
+    ``encoding`` is what the tensors are written in; None leaves what the source says.
+    """
     files = dict(checkpoint.side_files)
     if _README not in files and (readme := _readme(checkpoint.card)):
         files[_README] = readme
     files |= tokenizer_files(checkpoint.vocabulary, checkpoint.rope.context)
     files[_CONFIG] = _json(folder_config(checkpoint, encoding))
-    if len(shards) > 1:
-        files[_INDEX] = shard_index(shards)
     return files
 
 

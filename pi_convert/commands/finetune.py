@@ -23,8 +23,8 @@ from pi_convert.report.console import size, tell_line
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
+    from pi_convert.finetune.progress import Estimate, Schedule, StepReport
     from pi_convert.finetune.run import Finetuned, FinetuneRequest
-    from pi_convert.finetune.train import Estimate, Schedule, StepReport
 
 PRESETS = ("paper", "lora", "quick")
 EXIT_FAILURE = 1
@@ -196,7 +196,8 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     from pi_convert.report.console import progress
 
     require_libraries(flags["device"])
-    from pi_convert.finetune.train import Passes, Schedule, Told
+    from pi_convert.finetune.progress import Schedule, Told
+    from pi_convert.finetune.train import Passes
 
     target = source.interpolate(scale)
     names = ("steps", "window", "global_batch", "learning_rate", "seed", "allow_short_window")
@@ -237,7 +238,7 @@ def _draw(request: FinetuneRequest, first: int, seconds: float) -> None:
     """The page of losses; where it cannot be written, how the run ended matters more."""
     from converters.errors import ConvertError
     from converters.sources.huggingface import RUN
-    from pi_convert.finetune.train import LOG_NAME
+    from pi_convert.finetune.progress import LOG_NAME
     from pi_convert.report.finetune import LossPlot, write_loss_plot
     from pi_convert.report.provenance import environment
 
@@ -337,10 +338,13 @@ class _Estimated:
     schedule: Schedule
 
     def __call__(self, estimate: Estimate) -> None:
+        perplexities = ""
+        if times := estimate.evaluations:
+            perplexities = f" and {times:,} measurement{'s'[: times != 1]} of held-out perplexity"
         tell_line(
             f"estimate: {_duration(estimate.seconds)} for {estimate.steps:,}"
-            f" step{'s'[: estimate.steps != 1]}, {size(estimate.peak_bytes)} of memory at the"
-            " peak, from one measured pass. Ctrl-C saves and stops."
+            f" step{'s'[: estimate.steps != 1]}{perplexities}, {size(estimate.peak_bytes)} of"
+            " memory at the peak, from one measured pass. Ctrl-C saves and stops."
         )
         if self.schedule.eval_every and not estimate.held_out:
             tell_line("fewer than 10 windows of text: none is held out, so no perplexity is told")
@@ -372,7 +376,8 @@ def _require_memory(request: FinetuneRequest) -> None:
         raise EnvironmentNotReadyError(
             f"training {request.source.parameters:,} weights on windows of {recipe.window:,} tokens"
             f" needs more than {size(needed)} of memory, and {size(free)} are free",
-            hint="Give a shorter --window or --preset lora, or free some memory.",
+            hint="Free some memory, or give `pi-convert finetune` a shorter --window or --preset"
+            " lora.",
         )
 
 

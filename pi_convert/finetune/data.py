@@ -70,7 +70,7 @@ def tokenise(
 ) -> TokenStore:
     """The tokens of ``texts`` in ``folder``, which holds shards of these texts or none.
 
-    Raises ``TokenizerError`` for an id past the embedding and ``SourceError`` for no text at all.
+    Raises ``TokenizerError`` for an id past the embedding.
     """
     if not (folder / _END).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,6 @@ def tokenise(
             if not _shard(folder, number).is_file():
                 _write_shard(_shard(folder, number), batch, encoder)
             progress("tokenising documents", documents, documents)
-        if documents == 0:
-            raise SourceError("the text is empty", hint="Give files with text in them.")
         shards = -(-documents // SHARD_DOCUMENTS)
         _replace(folder / _END, json.dumps({"shards": shards, "documents": documents}).encode())
     return open_store(folder)
@@ -125,7 +123,7 @@ def windows(store: TokenStore, window: int) -> list[tuple[Segment, ...]]:
     if not found:
         raise SourceError(
             f"the text has {store.tokens:,} tokens, fewer than one window of {window:,}",
-            hint="Give more --text, or a shorter --window.",
+            hint="Give more text, or a shorter window (`pi-convert finetune --window`).",
         )
     return found
 

@@ -79,11 +79,21 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 def documents(files: Sequence[Path]) -> Iterator[str]:
-    """Every document that is not blank. Raises ``SourceError`` for a file that holds no text."""
+    """Every document that is not blank.
+
+    Raises ``SourceError`` for a file that holds no text, and where all documents are blank.
+    """
+    found = False
     for file in files:
         for text in _read(file):
             if text.strip():
+                found = True
                 yield text
+    if not found:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise SourceError(
+            f"{files[0]}{more}: no text but white space", hint="Give files with text in them."
+        )
 
 
 def _read(file: Path) -> Iterator[str]:

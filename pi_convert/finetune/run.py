@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
 from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
-from converters.targets.huggingface import write_folder
+from converters.targets.huggingface import files_beside_tensors, write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
 from pi_convert.finetune.documents import documents, fingerprint, text_files
@@ -35,7 +36,8 @@ from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 
 if TYPE_CHECKING:
-    from pi_convert.finetune.train import Outcome, Passes, Report, Schedule, Told
+    from pi_convert.finetune.progress import Report, Schedule, Told
+    from pi_convert.finetune.train import Outcome, Passes
 
 _NO_LIMIT = 10**9  # tokens a tokenizer is told it may give
 
@@ -81,15 +83,20 @@ def finetune(
     raises that; the others raise ``OtherProcessError``.
     """
     require_libraries(request.device)
-    from pi_convert.finetune import train
+    from pi_convert.finetune import checkpoints, train
     from pi_convert.finetune.model import load_model, require_frequencies
+    from pi_convert.finetune.progress import LOG_NAME, Progress, Told
 
     _no_bars()
     if request.device == "cpu":
         return_large_blocks()
     run = request.out / RUN
     arguments = train.training_arguments(
-        run / train.CHECKPOINTS, request.recipe, request.device, request.schedule, request.passes
+        run / checkpoints.CHECKPOINTS,
+        request.recipe,
+        request.device,
+        request.schedule,
+        request.passes,
     )
     is_main = arguments.process_index == 0
 
@@ -102,16 +109,18 @@ def finetune(
     corpus = train.Corpus(store, windows(store, request.recipe.window))
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
-    progress = train.Progress(
+    progress = Progress(
         request.recipe,
         rope.original_context,
         request.schedule,
-        run / train.LOG_NAME,
+        run / LOG_NAME,
         report,
-        told or train.Told(),
+        told or Told(),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
-    checkpoint = train.last_checkpoint(run / train.CHECKPOINTS) if request.resume else None
+    checkpoint = (
+        checkpoints.last_checkpoint(run / checkpoints.CHECKPOINTS) if request.resume else None
+    )
     outcome = train.train(trainer, progress, checkpoint)
     require_frequencies(model, rope, "after training")
     if outcome.finished:
@@ -165,6 +174,8 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
 def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
     """The run's record; the main process makes the run folder of it too."""
     files = text_files(request.texts, request.out)
+    if is_main:
+        _require_own(request)
     source = _about_source(request.source, tell) if is_main else {}
     record = run_record(request.recipe, request.target.rope, source, _about(files))
     if is_main:
@@ -181,16 +192,16 @@ def _make_run(
     """
     run = request.out / RUN
     missing = [folder for folder in (run, *run.parents) if not folder.exists()]
-    _require_own(request, run, record)
+    if not missing:
+        _require_same_settings(request.out, record)
     try:
         if missing:
             run.mkdir(parents=True)
             with atomic_file(run / RECIPE, force=False) as partial:
                 partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        windows(_tokens(request, files, run, tell), request.recipe.window)
         if not (run / "base" / "config.json").is_file():
             write_folder(request.target, run / "base", progress=tell)
-        store = _tokens(request, files, run, tell)
-        windows(store, request.recipe.window)
     except KeyboardInterrupt:  # goes on with --resume
         raise
     except BaseException:  # a panic of the tokenizer's Rust is no Exception
@@ -199,26 +210,19 @@ def _make_run(
         raise
 
 
-def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object]) -> None:
-    """Raises ``OutputError`` unless the folder is new or empty, or holds this very run."""
-    stated = run / RECIPE
-    if stated.is_file():
-        found = _stated(stated)
+def _require_own(request: FinetuneRequest) -> None:
+    """Raises ``OutputError`` unless the folder is new or empty, or holds a run to go on with."""
+    if (request.out / RUN / RECIPE).is_file():
+        if (request.out / "config.json").is_file():
+            raise OutputError(
+                f"{request.out} holds a finished run",
+                hint=f"`pi-convert export {request.out}` takes it; to train anew give another"
+                " --out.",
+            )
         if not request.resume:
             raise OutputError(
                 f"{request.out} holds another run",
                 hint="Go on with --resume, or give another --out.",
-            )
-        if (request.out / "config.json").is_file():
-            raise OutputError(
-                f"{request.out}: this run is finished",
-                hint=f"`pi-convert export {request.out}` takes it; to train anew give another"
-                " --out.",
-            )
-        if found != _plain(record):
-            raise OutputError(
-                f"{request.out} holds a run with other settings: {_difference(found, record)}",
-                hint="Resume with the settings it was started with, or give another --out.",
             )
         return
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
@@ -229,6 +233,15 @@ def _require_own(request: FinetuneRequest, run: Path, record: dict[str, object])
         raise OutputError(
             f"{request.out} holds no run to resume",
             hint="Give the --out of the run, or leave out --resume to start one.",
+        )
+
+
+def _require_same_settings(out: Path, record: dict[str, object]) -> None:
+    found = _stated(out / RUN / RECIPE)
+    if found != _plain(record):
+        raise OutputError(
+            f"{out} holds a run with other settings: {_difference(found, record)}",
+            hint="Resume with the settings it was started with, or give another --out.",
         )
 
 
@@ -259,7 +272,10 @@ def _tokens(request: FinetuneRequest, files: Sequence[Path], run: Path, tell: Te
             "the tokenizer names no EOS token, which separates documents",
             hint="State eos_token in tokenizer_config.json.",
         )
-    tokenizer = AutoTokenizer.from_pretrained(run / "base", local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files_beside_tensors(request.target).items():
+            (Path(folder) / name).write_bytes(data)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.model_max_length = _NO_LIMIT
 
     def encode(text: str) -> list[int]:
@@ -274,8 +290,8 @@ def _write(
     request: FinetuneRequest, trainer: Any, model: Any, record: dict[str, object], *, is_main: bool
 ) -> None:
     """The model's folder, from the weights of every process; then what only a resume needs goes."""
+    from pi_convert.finetune.checkpoints import CHECKPOINTS
     from pi_convert.finetune.model import merged_weights, require_saved_frequencies
-    from pi_convert.finetune.train import CHECKPOINTS
 
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main:

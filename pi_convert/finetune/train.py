@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,43 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 
-from converters.errors import ConvertError, OutputError, TrainingError
+from converters.errors import ConvertError, TrainingError
+from pi_convert.finetune.checkpoints import having_room, last_checkpoint
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
-from pi_convert.finetune.memory import peak_bytes
+from pi_convert.finetune.progress import Progress, Schedule, require_finite
 from pi_convert.finetune.recipe import Recipe
 
 HELD_OUT_AT_MOST = 4
 _HELD_OUT_SHARE = 10  # one window in so many
 _KEPT_CHECKPOINTS = 2
-_TRAINER_STATE = "trainer_state.json"  # transformers writes it last
-_MOMENT_BYTES = 8  # AdamW's two, float32, for every weight that is trained
-LOG_NAME = "trainer_log.jsonl"
-CHECKPOINTS = "checkpoints"  # beside the log
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One finished step, for people to read."""
-
-    step: int
-    steps: int
-    loss: float
-    tokens_per_second: float
-    seconds_left: float
-    perplexity_below: float | None = None  # of held-out tokens at positions below L
-    perplexity_past: float | None = None
-    peak_bytes: int = 0  # of the GPU's memory, or of the process
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How often a run saves and evaluates, in steps; 0: never before the end."""
-
-    save_every: int = 50
-    eval_every: int = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,29 +47,6 @@ class Outcome:
 
     finished: bool
     step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What is ahead, from the first pass of a run."""
-
-    seconds: float
-    steps: int  # left
-    peak_bytes: int
-    held_out: int  # windows that perplexities are of; 0 where there are too few
-
-
-Report = Callable[[StepReport], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is told beside the steps."""
-
-    before: Callable[[float, float | None], None] = lambda *_: None  # perplexities below, past L
-    estimate: Callable[[Estimate], None] = lambda _: None
-    stopping: Callable[[], None] = lambda: None  # at a Ctrl-C, while the step goes on to its end
-    held_out: Callable[[int, int], None] = lambda *_: None  # windows done, of so many
 
 
 def training_arguments(
@@ -203,7 +153,7 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
         """The loss of one pass; raises ``TrainingError`` before a bad one moves a weight."""
         started = time.monotonic()
         loss: torch.Tensor = super().training_step(*arguments, **named)
-        _require_finite(loss, f"in step {self.state.global_step + 1}")
+        require_finite(loss, f"in step {self.state.global_step + 1}")
         if self._first_pass is not None:
             self._first_pass(time.monotonic() - started)
             self._first_pass = None
@@ -211,139 +161,8 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         folder = Path(self.args.output_dir)
-        with _having_room(folder, folder / f"checkpoint-{self.state.global_step}"):
+        with having_room(folder, folder / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*arguments, **named)
-
-
-class Progress(transformers.TrainerCallback):  # type: ignore[misc]
-    """Logs, tells, evaluates, and stops where a person asked for it."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        original_context: int,
-        schedule: Schedule,
-        log: Path,
-        tell: Report,
-        told: Told,
-    ) -> None:
-        self._recipe, self._original_context = recipe, original_context
-        self._schedule, self._log = schedule, log
-        self._tell, self.told = tell, told
-        self._held_out: torch.Tensor | None = None
-        self._model: Any = None
-        self._started = self._evaluated = 0.0
-        self._first = 0
-        self.stop = threading.Event()
-
-    def hold_out(self, model: Any, windows: torch.Tensor | None) -> None:
-        """What perplexity is measured on: (windows, tokens), or nothing."""
-        self._model, self._held_out = model, windows
-
-    def first_pass(self, trainer: Any, seconds: float) -> None:
-        """Tells what the run will take, from its first forward and backward pass."""
-        arguments, state = trainer.args, trainer.state
-        steps = arguments.max_steps - state.global_step
-        passes = steps * arguments.gradient_accumulation_steps
-        if not state.is_world_process_zero or passes < 2:
-            return
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        self.told.estimate(
-            Estimate(
-                seconds=seconds * passes,
-                steps=steps,
-                peak_bytes=peak_bytes(arguments.device) + _MOMENT_BYTES * trained,
-                held_out=0 if self._held_out is None else len(self._held_out),
-            )
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the clock, and drops log lines of steps that are done again.
-
-        What the interpolated model is like before the first step is told where perplexities are.
-        """
-        self._started, self._first = time.monotonic(), state.global_step
-        done = state.global_step if state.global_step else -1
-        if state.is_world_process_zero and self._log.is_file():
-            lines = self._log.read_text("utf-8").rpartition("\n")[0].splitlines()  # a kill cuts one
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            self._log.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        if self._held_out is None or not self._schedule.eval_every or state.global_step:
-            return
-        below, past = self._perplexities(args.device, state.is_world_process_zero)
-        if state.is_world_process_zero and below is not None:
-            self._append({"step": 0, "tokens": 0, **_held_out(below, past)})
-            self.told.before(below, past)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Saves and stops after a Ctrl-C; every process at the same step."""
-        flag = torch.tensor(int(self.stop.is_set()), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag.item():
-            self.stop.set()
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line of the log for a step, and one for people."""
-        if not logs or "loss" not in logs:
-            return
-        step, every = state.global_step, self._schedule.eval_every
-        seconds = time.monotonic() - self._started - self._evaluated
-        below = past = None
-        if self._held_out is not None and every and (step % every == 0 or step == args.max_steps):
-            below, past = self._perplexities(args.device, state.is_world_process_zero)
-        if not state.is_world_process_zero:
-            return
-        done = step - self._first
-        report = StepReport(
-            step=step,
-            steps=args.max_steps,
-            loss=logs["loss"],
-            tokens_per_second=done * self._recipe.step_tokens / seconds,
-            seconds_left=(args.max_steps - step) * seconds / done,
-            perplexity_below=below,
-            perplexity_past=past,
-            peak_bytes=peak_bytes(args.device),
-        )
-        self._append(
-            {
-                "step": report.step,
-                "loss": report.loss,
-                "grad_norm": logs.get("grad_norm"),
-                "learning_rate": logs["learning_rate"],
-                "tokens": report.step * self._recipe.step_tokens,
-                "tokens_per_second": report.tokens_per_second,
-                **_held_out(below, past),
-                "peak_bytes": report.peak_bytes,
-            }
-        )
-        self._tell(report)
-
-    def _append(self, line: Mapping[str, float | None]) -> None:
-        room = _having_room(self._log.with_name(CHECKPOINTS), self._log)
-        with room, self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _perplexities(self, device: Any, is_main: bool) -> tuple[float | None, float | None]:
-        """(below L, past L) over the held-out windows."""
-        started, length = time.monotonic(), self._original_context - 1
-        windows = self._held_out
-        if windows is None:
-            return None, None
-        found = []
-        self._model.eval()
-        with torch.no_grad():
-            for window in windows:
-                found.append(self._model(input_ids=window[None].to(device), per_token=True)["loss"])
-                if is_main:
-                    self.told.held_out(len(found), len(windows))
-        self._model.train()
-        losses = torch.cat(found).cpu()
-        self._evaluated += time.monotonic() - started
-        _require_finite(losses, "of held-out windows")
-        below, past = losses[:, :length], losses[:, length:]
-        return _perplexity(below), _perplexity(past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +207,7 @@ def train(trainer: PiTrainer, progress: Progress, resume_from: Path | None) -> O
         step: int = trainer.state.global_step
         finished = step >= trainer.args.max_steps
         if finished:
-            _require_finite(_last_loss(trainer), "after the last step")
+            require_finite(_last_loss(trainer), "after the last step")
     except TrainingError as error:
         folder = Path(trainer.args.output_dir)
         shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
@@ -408,14 +227,6 @@ def _last_loss(trainer: PiTrainer) -> torch.Tensor:
     return loss
 
 
-def _require_finite(loss: torch.Tensor, when: str) -> None:
-    if not torch.isfinite(loss).all():
-        raise TrainingError(
-            f"the loss became {loss.mean().item()} {when}",
-            hint="Start anew with a lower --learning-rate and another --out.",
-        )
-
-
 class _Wrapped:
     """The model as the trainer wrapped it, once it has."""
 
@@ -430,44 +241,6 @@ class _Wrapped:
 
     def train(self) -> None:
         self._trainer.model_wrapped.train()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; one that a kill cut short does not count."""
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and _is_whole(path)
-    ]
-    return max(found)[1] if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / _TRAINER_STATE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def _having_room(checkpoints: Path, path: Path) -> Iterator[None]:
-    """Raises ``OutputError`` where ``path`` cannot be written, and removes it if a checkpoint.
-
-    Of a full disk torch tells with a ``RuntimeError`` about its file, safetensors with its own.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        good = last_checkpoint(checkpoints)
-        said, _, _ = str(error).partition("\n")
-        raise OutputError(
-            f"{path} cannot be written: {said}",
-            hint="The disk is full, most likely: once there is room the same command with --resume"
-            f" goes on {f'from {good.name}' if good else 'from the start'}.",
-        ) from error
 
 
 @contextmanager
@@ -488,12 +261,3 @@ def _stopping_at_ctrl_c(progress: Progress) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _held_out(below: float | None, past: float | None) -> dict[str, float | None]:
-    return {"perplexity_below": below, "perplexity_past": past}
-
-
-def _perplexity(losses: torch.Tensor) -> float | None:
-    """Infinity where it is too large for a float."""
-    return losses.double().mean().exp().item() if losses.numel() else None

@@ -67,7 +67,7 @@ def test_datasets_inside_a_folder_are_found_and_damaged_ones_named(tmp_path: Pat
         ("x.jsonl", b"{", "line 1"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b \\ud800"}\n', "line 2: half a surrogate pair"),
         ("x.parquet", b"no parquet", "x.parquet"),
-        ("x.txt", b" \n", "the text is empty"),
+        ("x.txt", b" \n", r"x\.txt: no text but white space"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:

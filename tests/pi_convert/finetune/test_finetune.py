@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
@@ -26,6 +26,7 @@ from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
 from pi_convert.commands.verify import command as verify
+from pi_convert.finetune.checkpoints import last_checkpoint
 from pi_convert.finetune.data import WindowDataset, open_store, windows
 from pi_convert.finetune.model import (
     load_model,
@@ -34,8 +35,9 @@ from pi_convert.finetune.model import (
     require_frequencies,
     require_saved_frequencies,
 )
+from pi_convert.finetune.progress import Progress
 from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
-from pi_convert.finetune.train import Progress, last_checkpoint, split_windows
+from pi_convert.finetune.train import split_windows
 from pi_convert.report.finetune import LossPlot, write_loss_plot
 from tests.pi_convert.finetune.runs import (
     ENVIRONMENT,
@@ -281,15 +283,20 @@ ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--
 def test_two_processes_give_the_losses_of_one(
     launcher: list[str], plain: Path, text: Path, tmp_path: Path
 ) -> None:
-    finetuned(plain, text, tmp_path / "one", "--eval-every", "2")
-    arguments = words(plain, text, tmp_path / "two", "--eval-every", "2")
-    done = in_two_processes(launcher, *arguments)
+    """At a rate that moves them: gradients that are not averaged would show."""
+    more = ("--eval-every", "2", "--learning-rate", "1e-2")
+    finetuned(plain, text, tmp_path / "one", *more, steps=6)
+    done = in_two_processes(launcher, *words(plain, text, tmp_path / "two", *more, steps=6))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
-    before, *logs = zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True)
-    for one, two in logs:
-        assert two["loss"] == pytest.approx(one["loss"], rel=PROCESSES_AGREE)
-    assert before[1] == pytest.approx(before[0], rel=PROCESSES_AGREE)
+    (before, *one), (before_two, *two) = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for key in ("perplexity_below", "perplexity_past"):
+        assert before_two[key] == pytest.approx(before[key], rel=PROCESSES_AGREE)
+        assert one[-1][key] < before[key] * (1 - 1000 * PROCESSES_AGREE)
+    for alone, shared in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm", "perplexity_below", "perplexity_past"):
+            expected = alone[key] and pytest.approx(alone[key], rel=PROCESSES_AGREE)
+            assert shared[key] == expected, key
 
 
 def test_the_loss_and_its_gradients_under_fsdp2_are_those_of_the_whole_model(model: Path) -> None:
@@ -340,34 +347,58 @@ def test_adapters_are_merged_as_peft_merges(model: Path) -> None:
         torch.testing.assert_close(merged[f"{name}.weight"], layer.base_layer.weight)
 
 
+class Sizes(TorchDispatchMode):
+    """Elements of the largest tensor that was made under it."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple) else (made,):
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return made
+
+
 def test_the_loss_makes_no_tensor_of_tokens_by_vocabulary() -> None:
     tokens, vocabulary = 1024, 4096
-    sizes: list[int] = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            made = func(*args, **(kwargs or {}))
-            for value in made if isinstance(made, tuple) else (made,):
-                if isinstance(value, torch.Tensor):
-                    sizes.append(value.numel())
-            return made
-
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, 64, generator=generator, requires_grad=True)
     weight = torch.randn(vocabulary, 64, generator=generator, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    with Sizes():
+    with Sizes() as sizes:
         loss = next_token_loss(states, weight, targets)
         loss.backward()
-    assert max(sizes) < tokens * vocabulary
+    assert sizes.largest < tokens * vocabulary
     expected = torch.nn.functional.cross_entropy(states @ weight.T, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    sizes.clear()
-    with Sizes():  # the control: without options all logits are made
+    with Sizes() as sizes:  # the control: without options all logits are made
         torch.nn.functional.linear_cross_entropy(states, weight, targets)
-    assert max(sizes) >= tokens * vocabulary
+    assert sizes.largest >= tokens * vocabulary
+
+
+def test_nor_do_the_whole_models_passes(tmp_path: Path) -> None:
+    tokens, vocabulary = 1024, 8192
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=tokens,
+    )  # fmt: skip
+    plain = LlamaForCausalLM(config)
+    plain.save_pretrained(tmp_path)
+    rope = RopeParameters(10000.0, 16, original_context=tokens, context=tokens)
+    model = load_model(tmp_path, rope, Recipe("quick", 1, tokens, 1, 1, 1e-5))
+    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with Sizes() as trained:
+        loss = model(input_ids=ids)["loss"]
+        loss.backward()
+    with Sizes() as held_out, torch.no_grad():
+        losses = model(input_ids=ids, per_token=True)["loss"]
+    assert max(trained.largest, held_out.largest) < (tokens - 1) * vocabulary
+    with Sizes() as control, torch.no_grad():
+        expected = plain(input_ids=ids, labels=ids).loss
+    assert control.largest >= (tokens - 1) * vocabulary
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def many_states() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

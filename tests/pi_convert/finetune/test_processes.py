@@ -24,8 +24,8 @@ def test_a_finished_run_is_told_by_one_process(model: Path, text: Path, tmp_path
     finetuned(model, text, out, steps=1)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert said(29614, *words(model, text, out)) == [
-        f"error: {out} holds another run",
-        "hint: Go on with --resume, or give another --out.",
+        f"error: {out} holds a finished run",
+        f"hint: `pi-convert export {out}` takes it; to train anew give another --out.",
     ]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -35,7 +35,7 @@ def test_a_text_too_short_is_told_by_one_process(model: Path, tmp_path: Path) ->
     short.write_text("Too short.")
     error, hint = said(29615, *words(model, short, tmp_path / "out"))
     assert "fewer than one window of 64" in error
-    assert hint == "hint: Give more --text, or a shorter --window."
+    assert hint == ("hint: Give more text, or a shorter window (`pi-convert finetune --window`).")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,13 +12,19 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from converters.errors import ConvertError, EnvironmentNotReadyError, OutputError, TrainingError
+from converters.errors import (
+    ConvertError,
+    EnvironmentNotReadyError,
+    OutputError,
+    SourceError,
+    TrainingError,
+)
 from converters.sources import open_checkpoint
 from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.finetune import run
+from pi_convert.finetune.checkpoints import last_checkpoint
 from pi_convert.finetune.recipe import Recipe
-from pi_convert.finetune.train import last_checkpoint
 from pi_convert.report import runlines
 from tests.pi_convert.finetune.conftest import SMALL
 from tests.pi_convert.finetune.runs import (
@@ -123,6 +129,32 @@ def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(
     finetuned(model, text, out, steps=1)
 
 
+def test_text_is_read_before_the_base_is_written_and_the_folder_before_the_weights(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model both take minutes."""
+    binary, other = tmp_path / "binary.txt", tmp_path / "other"
+    binary.write_bytes(b"a\0b")
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+
+    def too_early(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_folder", too_early)
+        with pytest.raises(SourceError, match=r"binary\.txt is a binary file"):
+            finetuned(model, binary, tmp_path / "out")
+        patched.setattr(run, "content_hash", too_early)
+        with pytest.raises(OutputError, match="exists and is no run of finetune"):
+            finetuned(model, text, other)
+    finetuned(model, text, tmp_path / "out", steps=1)
+    monkeypatch.setattr(run, "content_hash", too_early)
+    for resumed in ((), ("--resume",)):
+        with pytest.raises(OutputError, match="holds a finished run"):
+            finetuned(model, text, tmp_path / "out", *resumed, steps=1)
+
+
 def test_nothing_is_left_behind_by_an_error_that_nobody_thought_of(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,8 +221,11 @@ def test_what_it_will_take_is_told_before_the_first_step(
         next(i for i, line in enumerate(said) if line.startswith(start))
         for start in ("estimate: ", "step 1 of 3")
     )
-    assert estimate < first
-    assert " for 3 steps, " in said[estimate]
+    before = next(i for i, line in enumerate(said) if line.startswith("before the first step: "))
+    assert estimate < before < first
+    assert not any("held-out windows" in line for line in said[:estimate])
+    # Preset quick measures before the first step, every 50, and after the last.
+    assert " for 3 steps and 2 measurements of held-out perplexity, " in said[estimate]
     assert not any("none is held out" in line for line in said)
     short = tmp_path / "short.txt"
     short.write_text("A few windows of words. " * 20)
