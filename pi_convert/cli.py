@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 bad input or failure; 2 wrong use of the command line; 3 n
 import sys
 
 EXIT_FAILURE = 1
+_ONE_TEXT = "Every --text takes one path: repeat it, or give a folder."
 EXIT_INTERRUPTED = 130
 
 try:  # these take most of the time until ``run`` can answer a Ctrl-C
@@ -130,9 +131,11 @@ def run(arguments: list[str]) -> int:
         return _interrupted()
     except click.ClickException as error:
         error.show()
+        if hint := _about_texts(error.message, arguments):
+            _complain(f"hint: {hint}")
         return error.exit_code
     except ConvertError as error:
-        return _failed(error.message, error.hint)
+        return _failed(error.message, _about_texts(error.message, arguments) or error.hint)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
@@ -143,6 +146,12 @@ def run(arguments: list[str]) -> int:
         path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return _failed(f"{path}{error.strerror}", os_hint(error, ""))
     return result if isinstance(result, int) else 0
+
+
+def _about_texts(message: str, arguments: list[str]) -> str:
+    """A hint where `--text *.txt` has left a text to be taken for a model, else nothing."""
+    taken = "unexpected extra argument" in message or "neither a folder nor a .gguf" in message
+    return _ONE_TEXT if "--text" in arguments and taken else ""
 
 
 def _failed(message: str, hint: str) -> int:

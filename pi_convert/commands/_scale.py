@@ -29,8 +29,8 @@ def require_no_second_factor(stated: float | None, source: Checkpoint) -> None:
         raise RopeError(
             f"--scale {stated:g} on an adapter that records factor {factor:g} would make"
             f" {factor * stated:g}",
-            hint="Leave out --scale, or give --scale 1; to extend it further, export a"
-            " safetensors folder first.",
+            hint="Give --scale 1 to keep its factor; to extend it further, export a safetensors"
+            " folder first.",
         )
 
 

@@ -168,7 +168,7 @@ def _compare(
     with progress() as tell, contextlib.ExitStack() as stack:
         loaded = [stack.enter_context(contextlib.closing(m.load(tell))) for m in models]
         for model, runtime in zip(models, loaded, strict=True):
-            require_vocabulary(model, runtime, runs)
+            require_vocabulary(model, runtime, (run.tokens for run in runs))
         seconds = sum(
             measure_speed(model, runtime).of(windows)
             for model, runtime in zip(models, loaded, strict=True)

@@ -168,6 +168,7 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
+    chosen = _scale(scale, source)
     note_second_factor(scale, source)
     if texts:
         from converters.sources.card import tuned_name
@@ -176,14 +177,14 @@ def command(
         # Before hours are spent; so the exports will be called.
         card = dataclasses.replace(source.card, name=tuned_name(source.card.name))
         named = dataclasses.replace(source, card=card)
-        require_export(named, _scale(scale, source), options)
+        require_export(named, chosen, options)
         if options.threads is not None:
             from pi_convert.runtimes.pytorch import limit_threads
 
             limit_threads(options.threads)
-        tuned = tuned_source(source, _scale(scale, source), texts, steps, options.out)
+        tuned = tuned_source(source, chosen, texts, steps, options.out)
         return run_export(tuned, 1.0, options, started)
-    return run_export(source, _scale(scale, source), options, started)
+    return run_export(source, chosen, options, started)
 
 
 def _scale(stated: float | None, source: Checkpoint) -> float:

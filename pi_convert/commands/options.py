@@ -113,7 +113,10 @@ def require_gguf_file(path: Path, command: str) -> None:
     elif weights or (path / "config.json").is_file():
         found = "a checkpoint's weights" if weights else "a Hugging Face folder"
         folder = shlex.quote(str(path.parent if weights else path))
-        hint = f"Export it first: pi-convert export {folder} --to gguf --scale S"
+        hint = (
+            f"Export it first: pi-convert export {folder} --to gguf --scale S (no --scale where it"
+            " is interpolated already)"
+        )
     else:
         found, hint = "a folder", f"Give {takes}; there is none in this folder."
     raise SourceError(f"{path} is {found}, and {command} takes {takes}", hint=hint)

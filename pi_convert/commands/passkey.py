@@ -128,7 +128,7 @@ def _measure(
     models: Sequence[Model], options: PasskeyOptions, run: RunOptions, *, as_json: bool
 ) -> PasskeyReport:
     from pi_convert.evaluate.cost import measure_speed
-    from pi_convert.evaluate.models import Workbench
+    from pi_convert.evaluate.models import Workbench, require_vocabulary
     from pi_convert.evaluate.passkey import measure_passkey, plan_passkey, within_budget
     from pi_convert.report.console import emit, progress
     from pi_convert.report.passkey import PasskeyReport, passkey_text, plan_text
@@ -143,6 +143,7 @@ def _measure(
     with progress() as tell, Workbench(tell) as bench:
         for model, plan in planned:
             runtime = bench.runtime(model)
+            require_vocabulary(model, runtime, (prompt.tokens for prompt in plan.prompts))
             speed = measure_speed(model, runtime)
             if options.budget is not None:
                 seconds, seed = 60 * options.budget, options.seed

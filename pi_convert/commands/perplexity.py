@@ -224,7 +224,7 @@ def _as_the_paper(
         click.echo(f"cost: {cost_text(bench, models, windows)}", err=True)
         for model in models:
             runtime = bench.runtime(model)
-            require_vocabulary(model, runtime, runs)
+            require_vocabulary(model, runtime, (run.tokens for run in runs))
             found.append((model, measure_perplexity(runtime, plan, tell, f"{model.name}: ")))
             report = PerplexityReport(plan, tuple(found), asked.environment(models))
             if not asked.as_json:
@@ -259,7 +259,7 @@ def _as_llamacpp(
             cost = cost_text(bench, [model], [window for group in windows for window in group])
             click.echo(f"cost: {cost}", err=True)
             runtime = bench.runtime(model)
-            require_vocabulary(model, runtime, [run])
+            require_vocabulary(model, runtime, [run.tokens])
             measured = []
             for group in windows:
                 measured.append(measure_llamacpp(runtime, group, model.name, tell))

@@ -49,7 +49,7 @@ def command(
     """Tell from the weights which factor a checkpoint was tuned with.
 
     For checkpoints that may have lost their scaling. The text is scored in torch with factors from
-    1 to 32, below the supposed L, and past it with factor 1 and the two best. A tuned model
+    1 to 32, below the supposed L, and past it with factor 1 and the best ones. A tuned model
     predicts best with its own factor, also below L; where none stands out, that is said. The text
     should be of the kind that the model was trained on.
 
@@ -96,7 +96,7 @@ def _probe(checkpoint: Checkpoint, texts: tuple[Document, ...], run: RunOptions)
     require_contexts([model], windows.past.tokens, extrapolate=True)
     with progress() as tell:
         loaded = TorchModel(checkpoint, device=run.device, progress=tell)
-        require_vocabulary(model, loaded, runs)
+        require_vocabulary(model, loaded, (run.tokens for run in runs))
         speed = measure_speed(model, loaded)
         seconds = len(FACTORS) * speed.of(windows.below) + 3 * speed.of([windows.past])
         click.echo(f"cost: about {duration(seconds)}", err=True)

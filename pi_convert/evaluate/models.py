@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from converters.errors import EnvironmentNotReadyError, SourceError, Unsupported
 from converters.progress import Progress, silent
 from pi_convert.evaluate.texts import Document
 from pi_convert.evaluate.windows import Encode, TokenStream
-from pi_convert.runtimes.base import Closing, Runtime
+from pi_convert.runtimes.base import Closing, Runtime, Tokens
 
 _MEMORY_SHARE = 0.9  # of what is free; the rest is left to compute buffers and other programs
 
@@ -90,10 +90,7 @@ def require_memory(models: Sequence[Model], context_tokens: int, *, free_bytes: 
 
 
 def encode_all(model: Model, documents: Sequence[Document]) -> tuple[TokenStream, ...]:
-    """Every document's tokens, one run each; their numbers are the documents' own.
-
-    Raises ``SourceError`` where an id is past the model's embedding.
-    """
+    """Every document's tokens, one run each; their numbers are the documents' own."""
     runs = []
     for number, document in enumerate(documents):
         tokens = np.asarray(model.encode(document.text), dtype=np.int32)
@@ -137,9 +134,9 @@ def require_same_tokens(
     return first
 
 
-def require_vocabulary(model: Model, runtime: Runtime, tokens: Sequence[TokenStream]) -> None:
+def require_vocabulary(model: Model, runtime: Runtime, tokens: Iterable[Tokens]) -> None:
     """Raises ``SourceError`` where a token has no row in the model's embedding."""
-    largest = max(int(run.tokens.max(initial=0)) for run in tokens)
+    largest = max(int(run.max(initial=0)) for run in tokens)
     if largest >= runtime.vocabulary:
         raise SourceError(
             f"{model.label}: its tokenizer gives token {largest}, its embedding has"

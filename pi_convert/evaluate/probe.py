@@ -125,7 +125,7 @@ def _parts(run: TokenStream, size: int) -> list[Tokens]:
 def probe(
     checkpoint: Checkpoint, model: TorchModel, windows: ProbeWindows, progress: Progress = silent
 ) -> Probe:
-    """Tries every factor below L, and factor 1 and the two best past it."""
+    """Tries every factor below L, and past it factor 1, the two best and the likely one."""
     started = time.monotonic()
     trial = _Trial(checkpoint, model, windows)
     for done, factor in enumerate(FACTORS):

@@ -157,6 +157,31 @@ def test_ctrl_c_while_the_program_loads_is_one_line(module: str, tmp_path: Path)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["finetune", "MODEL", "--scale", "2", "--text", "a.txt", "b.txt"], 2),
+        (["finetune", "--scale", "2", "--text", "a.txt", "b.txt"], 1),
+        (["perplexity", "--contexts", "32", "--text", "a.txt", "b.txt"], 1),
+    ],
+)
+def test_several_paths_behind_one_text_are_told_apart(
+    words: list[str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As a shell makes of `--text *.txt`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("words")
+    assert cli.run(words) == code
+    assert "hint: Every --text takes one path: repeat it, or give a folder." in (
+        capfd.readouterr().err
+    )
+
+
 def test_python_m_runs_it() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pi_convert", "--version"],
