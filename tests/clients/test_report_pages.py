@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from pathlib import Path
@@ -37,6 +38,11 @@ parent.fetch('/out/answer.json', {method: 'POST', body: JSON.stringify({
   }).map(t => t.textContent)),
   strokes: [...new Set(ink.map(e => getComputedStyle(e).stroke))],
   headline: document.querySelector('.headline').getBoundingClientRect().top,
+  verdict: document.querySelector('.headline').textContent,
+  first: document.querySelector('.verdict, svg, table').className,
+  marks: [...new Set(seen('line.mark + text').map(e => e.textContent))],
+  lines: seen('polyline.line').length,
+  cells: seen('rect.heat, rect.empty').filter(e => e.querySelector('title')).length,
 })});
 </script>"""
 
@@ -96,33 +102,59 @@ def test_a_page_fits_and_can_be_read(
     assert all(contrast(stroke, seen["background"]) >= 4.5 for stroke in seen["strokes"])
 
 
-def made(what: str, folder: Path) -> str:
-    """The page that a command writes of a tiny model."""
+def made(what: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """(the page that a command writes of a tiny model, its report.json)."""
     out, text = folder / "report", folder / "text.txt"
     model = str(write_tiny(folder / "Tiny-Model"))
     text.write_text("RoPE turns each pair of a query by its position; 12 is a number.\n" * 80)
     words = ["--threads", "1", "--report", str(out)]
     more, few = ["--text", str(text)], ["--trials", "2"]
     other = str(write_tiny(folder / "Other-Model", seed=1))
+    file = str(folder / "gguf" / "Tiny-Model-PI8-F32.gguf")
     commands = {
+        "verify": ["verify", file, "--against", model, "--scale", "8", *words],
         "perplexity": ["perplexity", model, "--scale", "2", "--contexts", "64,256", *more, *words],
         "compare": ["compare", model, other, "--context", "128", *more, *words],
         "passkey": ["passkey", model, "--scale", "8", "--max-context", "900", *few, *words],
         "finetune": ["finetune", model, "--scale", "2", "--steps", "3", "--batch", "1", *more,
                      "--eval-every", "1", "--out", str(folder / "tuned")],
     }  # fmt: skip
+    if what == "verify":
+        exported = ["export", model, "--to", "gguf", "--scale", "8", "--quantize", "f32"]
+        assert cli.run([*exported, "--out", str(folder / "gguf")]) == 0
     assert cli.run(commands[what]) == 0
-    page = folder / "tuned" / "run" / "loss.html" if what == "finetune" else out / "report.html"
-    return page.read_text("utf-8")
+    if what == "finetune":
+        return (folder / "tuned" / "run" / "loss.html").read_text("utf-8"), {}
+    report: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+    return (out / "report.html").read_text("utf-8"), report
 
 
-@pytest.mark.parametrize("what", ["perplexity", "compare", "passkey", "finetune"])
+# L is 128; --scale makes L' 1,024 and 256 of it.
+MARKS = {
+    "verify": ["L"],
+    "perplexity": ["L", "L'"],
+    "compare": ["L"],
+    "passkey": ["L", "L'"],
+    "finetune": [],
+}
+
+
+@pytest.mark.parametrize("what", MARKS)
 def test_the_pages_of_commands_fit(browser: Chromium, what: str, tmp_path: Path) -> None:
-    page = made(what, tmp_path)
-    for width, dark in ((390, True), (1280, False)):
+    page, report = made(what, tmp_path)
+    for width, dark in itertools.product((390, 1280), (False, True)):
         seen = look(browser, page, tmp_path, width, dark=dark)
         assert seen["content"] <= width
         assert seen["charts"] >= 1
         assert seen["spill"] == []
         assert seen["headline"] < 300
+        assert seen["first"].startswith("verdict")
+        assert (luminance(seen["background"]) < 0.1) == dark
         assert contrast(seen["text"], seen["background"]) >= 7
+        assert seen["marks"] == MARKS[what]
+        if what == "verify":  # KL by position: the artifact and its four wrong twins
+            assert seen["verdict"].startswith("PROVEN")
+            assert seen["lines"] == 1 + 4
+        if what == "passkey":
+            (only,) = report["data"]["models"]
+            assert seen["cells"] == sum(depth["trials"] for depth in only["depths"]) > 2
