@@ -36,11 +36,13 @@ from benchmarks.paper_model import (
     write_passkeys,
     write_taught,
 )
+from benchmarks.paper_pairs import At, paired_changes
 from benchmarks.speeches import split
 from converters.sources import open_checkpoint
+from pi_convert.finetune.progress import Schedule, StepReport
 from pi_convert.finetune.recipe import Choices, choose_recipe
 from pi_convert.finetune.run import FinetuneRequest, finetune
-from pi_convert.finetune.train import Passes, Schedule, StepReport
+from pi_convert.finetune.train import Passes
 
 CACHE = Path(__file__).parent.parent / ".cache" / "paper"
 SPEECH_TOKENS = 3_050_000  # of the speeches to train on, by the tokenizer made here
@@ -75,8 +77,9 @@ ARMS = (
     Arm("trained on", kept=LONG),
     Arm("PI x3", scale=3, context=3 * L, kept=(200,)),  # these are probed only
     Arm("PI x4.5", scale=4.5, context=576, kept=(200,)),  # off the grid of factors
+    Arm("PI x6", scale=6, context=6 * L, kept=(200,)),
 )
-PROBED = ("PI x3", "PI x4.5")
+PROBED = ("PI x3", "PI x4.5", "PI x6")
 TAUGHT = (
     Arm("taught PI x2", scale=2, context=2 * L, kept=(0, 200), is_taught=True),
     Arm("taught PI x4", scale=4, context=4 * L, kept=(0, 200), is_taught=True),
@@ -106,6 +109,9 @@ class Plan:
     @property
     def contexts(self) -> tuple[int, ...]:
         return L, 2 * L, 4 * L, 8 * L
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
 
 
 QUICK = Plan(
@@ -191,6 +197,8 @@ def run(bench: Bench) -> dict[str, Any]:
         "windows": {arm.name: arm.context for arm in plan.arms},
         "rates": {"pretraining": plan.pretraining_rate} | {a.name: a.rate for a in plan.arms},
         "perplexity": perplexities(bench),
+        "paired": pairs(bench),
+        "seconds": seconds(bench),
         "passkey": passkeys(bench),
         "probe": probes(bench),
     }
@@ -270,7 +278,9 @@ def trained(bench: Bench, arm: Arm, source: Path, step_tokens: int, out: Path) -
 
     started = time.monotonic()
     finetune(request, report)
-    say(f"{arm.name}: {time.monotonic() - started:.0f} s")
+    took = round(time.monotonic() - started)
+    (bench.folder / f"{arm.name}.seconds").write_text(f"{took}\n")
+    say(f"{arm.name}: {took} s")
 
 
 def put_aside(run_folder: Path, step: int, wanted: dict[int, Path]) -> None:
@@ -307,6 +317,41 @@ def perplexities(bench: Bench) -> list[Found]:
     ]
 
 
+def pairs(bench: Bench) -> dict[str, Found]:
+    """What the claims lay against each other, each at a window of its own."""
+    plan, file = bench.plan, bench.folder / "pairs.json"
+
+    def at(name: str, step: int, context: int) -> At:
+        return bench.model(plan.arm(name), step), context
+
+    def step(name: str, last: bool = False) -> int:
+        kept = plan.arm(name).kept
+        return kept[-1] if last or 200 not in kept else 200
+
+    base, far, short, last = at("direct", 0, L), 8 * L, step("PI x8"), step("PI x8", last=True)
+    wanted = {
+        f"recovered {name}": (base, at(name, step(name), plan.arm(name).context))
+        for name in ("PI x2", "PI x4", "PI x8")
+    }
+    for name, number in (("short", short), ("last", last)):
+        wanted[f"kept {name}"] = base, at("PI x8", number, L)
+        wanted[f"kept beside {name}"] = at("trained on", number, L), at("PI x8", number, L)
+    wanted["direct"] = at("PI x8", short, far), at("direct", step("direct"), far)
+    if not file.is_file():
+        texts = split(CACHE / "speeches").test
+        made = paired_changes(wanted, texts, plan.contexts, stride=plan.stride, most=plan.windows)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(made, indent=1))
+        partial.rename(file)
+    found: dict[str, Found] = json.loads(file.read_text())
+    return found
+
+
+def seconds(bench: Bench) -> dict[str, int]:
+    """What each training took on this machine, since it was gone on with."""
+    return {file.stem: int(file.read_text()) for file in sorted(bench.folder.glob("*.seconds"))}
+
+
 def passkeys(bench: Bench) -> list[Found]:
     """As the paper's table 4: of prompts as long as the window that a model was made for.
 
@@ -332,7 +377,8 @@ def probes(bench: Bench) -> list[Found]:
     """What the weights say once the config is the base's, which knows of no factor."""
     words = ["probe"]
     words += [w for text in split(CACHE / "speeches").test for w in ("--text", str(text))]
-    found = []
+    base = measured(bench, "probe", bench.base, words)
+    found = [{"arm": "base", "step": 0, "scale": 1, **base}]
     for arm in bench.plan.arms:
         step = arm.kept[-1]
         model = bench.model(arm, step)

@@ -6,6 +6,7 @@ Every claim is held against the numbers: shown, or refuted with what was found i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,7 @@ class Measured:
                 c["context"]: At(c["perplexity"], *c["interval"]) for c in row["contexts"]
             }
             self.growth[key] = {g["to"]: g for g in row["growth"]}
+        self.paired: dict[str, Document] = document["paired"]
         self.passkey = {(row["arm"], row["step"]): row for row in document["passkey"]}
         self.scored_tokens = document["perplexity"][0]["scored_tokens"]
         self.window: dict[str, int] = document["windows"]  # that an arm is trained on
@@ -94,6 +96,7 @@ def render(document: Document) -> tuple[str, dict[str, str]]:
     lines += ["## Table 4: passkey", "", *_table_4(document, found)]
     lines += ["", "## Table 5: the original window", "", *_table_5(found)]
     lines += ["", "## Probe", "", *_probe(document)]
+    lines += ["", "## Time", "", *_seconds(document)]
     plots = {"paper_windows.svg": _by_window(found), "paper_steps.svg": _by_step(found)}
     return "\n".join(lines) + "\n", plots
 
@@ -126,9 +129,12 @@ def claims(found: Measured) -> list[str]:
     growth = found.growth[pi, last][far]["nll_change"]
     factors = [arm for arm in ("PI x2", "PI x4", pi) if (arm, 0) in found.perplexity]
     reach = {arm: found.taught(arm)["k_max"] for arm in ("direct", *factors)}
-    losses = [_loss(at[L], base[L]) for at in (tuned, long)]
-    trained_on = found.perplexity["trained on", short], control
-    controls = [_loss(at[L], on[L]) for at, on in zip((tuned, long), trained_on, strict=True)]
+    pairs = found.paired
+    kept = [(pairs[f"kept {which}"], base[L]) for which in ("short", "last")]
+    beside = [
+        (pairs["kept beside short"], found.perplexity["trained on", short][L]),
+        (pairs["kept beside last"], control[L]),
+    ]
     flat = untuned[far].value / untuned[L].value
     recovered = {
         arm: found.perplexity[arm, found.recovered(arm)][found.window[arm]] for arm in factors
@@ -148,8 +154,8 @@ def claims(found: Measured) -> list[str]:
         *(
             _claim(
                 f"{found.recovered(arm)} steps recover what {arm} cost",
-                at.value <= base[L].value,
-                f"{at} at its L', the base {base[L]} at L: {at.value / base[L].value - 1:+.1%}",
+                _at_most(pairs[f"recovered {arm}"], 0),
+                f"{at} at its L', the base {base[L]} at L: {_change(pairs[f'recovered {arm}'])}",
             )
             for arm, at in recovered.items()
         ),
@@ -160,13 +166,13 @@ def claims(found: Measured) -> list[str]:
         ),
         _claim(
             "The original window keeps the base's loss within 3 %",
-            max(losses) <= SAME_WINDOW,
-            f"{pi} has {losses[0]:+.1%} at step {short} and {losses[1]:+.1%} at step {last}",
+            _all(_keeps_loss(*one) for one in kept),
+            f"{pi} has {_loss(*kept[0])} at step {short} and {_loss(*kept[1])} at step {last}",
         ),
         _claim(
             "... and that of the base trained on with as many tokens",
-            max(controls) <= SAME_WINDOW,
-            f"{controls[0]:+.1%} and {controls[1]:+.1%}",
+            _all(_keeps_loss(*one) for one in beside),
+            f"{_loss(*beside[0])} and {_loss(*beside[1])}",
         ),
         _claim(
             "It is not the further training",
@@ -192,8 +198,8 @@ def claims(found: Measured) -> list[str]:
         ),
         _claim(
             f"Direct fine-tuning is worse at 8 L after {short} steps (perplexity)",
-            direct[far].value > tuned[far].value,
-            f"direct {direct[far]}, {pi} {tuned[far]}",
+            _not(_at_most(pairs["direct"], 0)),
+            f"direct {direct[far]}, {pi} {tuned[far]}: {_change(pairs['direct'])}",
         ),
     ]
 
@@ -204,9 +210,33 @@ def _claim(what: str, holds: bool | None, numbers: str) -> str:
     return f"- **{what}: {found}**: {numbers}."
 
 
-def _loss(at: At, other: At) -> float:
-    """The change of loss, as a share."""
-    return math.log(at.value) / math.log(other.value) - 1
+def _at_most(change: Document, limit: float) -> bool | None:
+    """Whether a paired change of NLL is; None where its interval has the limit in it."""
+    low, high = change["interval"]
+    return True if high <= limit else False if low > limit else None
+
+
+def _not(holds: bool | None) -> bool | None:
+    return None if holds is None else not holds
+
+
+def _all(holds: Iterable[bool | None]) -> bool | None:
+    """False where any is, True where all are."""
+    each = list(holds)
+    return False if False in each else None if None in each else True
+
+
+def _keeps_loss(change: Document, other: At) -> bool | None:
+    return _at_most(change, SAME_WINDOW * math.log(other.value))
+
+
+def _loss(change: Document, other: At) -> str:
+    """The paired change of loss, as a share."""
+    low, value, high = (
+        end / math.log(other.value)
+        for end in (change["interval"][0], change["value"], change["interval"][1])
+    )
+    return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def _change(mean: Document) -> str:
@@ -323,6 +353,15 @@ def _probe(document: Document) -> list[str]:
         " what it tells.",
         "",
         *_rows(header, rows),
+    ]
+
+
+def _seconds(document: Document) -> list[str]:
+    took = document["seconds"]
+    return [
+        "What a training took, where it was kept; each goes on where it was stopped.",
+        "",
+        *_rows(("training", "minutes"), [(name, f"{s / 60:.1f}") for name, s in took.items()]),
     ]
 
 
