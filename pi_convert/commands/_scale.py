@@ -19,6 +19,20 @@ def require_known_factor(stated: float | None, source: Checkpoint) -> None:
         raise click.UsageError(f"Missing option '--scale': {unrecorded_scaling(source)}.")
 
 
+def chosen_scale(stated: float | None, source: Checkpoint) -> float:
+    """The scale of a command that interpolates; a model that is interpolated already needs none.
+
+    Raises ``UsageError`` where it is missing, and what ``require_no_second_factor`` does.
+    """
+    from pi_convert.audit.stripped import unrecorded_scaling
+
+    if stated is None and source.rope.factor == 1.0:
+        what = unrecorded_scaling(source) or "MODEL has none"
+        raise click.UsageError(f"Missing option '--scale': {what}.")
+    require_no_second_factor(stated, source)
+    return 1.0 if stated is None else stated
+
+
 def require_no_second_factor(stated: float | None, source: Checkpoint) -> None:
     """Raises ``RopeError`` for a scale on top of the one that an adapter records."""
     from converters.errors import RopeError
@@ -29,8 +43,8 @@ def require_no_second_factor(stated: float | None, source: Checkpoint) -> None:
         raise RopeError(
             f"--scale {stated:g} on an adapter that records factor {factor:g} would make"
             f" {factor * stated:g}",
-            hint="Give --scale 1 to keep its factor; to extend it further, export a safetensors"
-            " folder first.",
+            hint="Leave out --scale, or give --scale 1; to extend it further, export a"
+            " safetensors folder first.",
         )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -19,9 +17,6 @@ from pi_convert.commands.options import (
     revision_option,
     scale_option,
 )
-
-if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
 
 TARGETS = ("gguf", "onnx", "safetensors")
 DTYPES = ("f32", "f16", "bf16")
@@ -157,7 +152,7 @@ def command(
     if texts and options.dry_run:
         raise click.UsageError("--dry-run does not go with --finetune, which trains.")
     from converters.sources import open_checkpoint
-    from pi_convert.commands._scale import note_second_factor
+    from pi_convert.commands._scale import chosen_scale, note_second_factor
     from pi_convert.defaults import resolve_model
     from pi_convert.report.console import emit
 
@@ -168,16 +163,12 @@ def command(
     source = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    chosen = _scale(scale, source)
+    chosen = chosen_scale(scale, source)
     note_second_factor(scale, source)
     if texts:
-        from converters.sources.card import tuned_name
-        from pi_convert.commands.finetune import tuned_source
+        from pi_convert.commands.finetune import as_tuned, tuned_source
 
-        # Before hours are spent; so the exports will be called.
-        card = dataclasses.replace(source.card, name=tuned_name(source.card.name))
-        named = dataclasses.replace(source, card=card)
-        require_export(named, chosen, options)
+        require_export(as_tuned(source), chosen, options)  # before hours are spent
         if options.threads is not None:
             from pi_convert.runtimes.pytorch import limit_threads
 
@@ -185,18 +176,6 @@ def command(
         tuned = tuned_source(source, chosen, texts, steps, options.out)
         return run_export(tuned, 1.0, options, started)
     return run_export(source, chosen, options, started)
-
-
-def _scale(stated: float | None, source: Checkpoint) -> float:
-    """The scale; a model that is interpolated already, such as a fine-tuned one, needs none."""
-    from pi_convert.audit.stripped import unrecorded_scaling
-    from pi_convert.commands._scale import require_no_second_factor
-
-    if stated is None and source.rope.factor == 1.0:
-        what = unrecorded_scaling(source) or "MODEL has none"
-        raise click.UsageError(f"Missing option '--scale': {what}.")
-    require_no_second_factor(stated, source)
-    return 1.0 if stated is None else stated
 
 
 def _check_usage(options: ExportOptions) -> None:

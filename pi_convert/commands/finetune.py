@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,10 @@ EXIT_INTERRUPTED = 130
 
 @click.command()
 @model_argument
-@scale_option(required=True, help="Factor s that the context is extended by.")
+@scale_option(
+    required=False,
+    help="Factor s that the context is extended by. Not needed for a model that has one.",
+)
 @click.option(
     "--text",
     "texts",
@@ -120,7 +123,8 @@ EXIT_INTERRUPTED = 130
     default="cpu",
     help="cuda trains in bfloat16 over float32 weights. Default: cpu.",
 )
-@click.option("--out", type=PATH, help="New folder to write to. Default: NAME-PIs-finetuned.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: every core.")
+@click.option("--out", type=PATH, help="New folder to write to. Default: NAME-finetuned-PI<S>.")
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint."
 )
@@ -128,7 +132,7 @@ EXIT_INTERRUPTED = 130
 @revision_option
 def command(
     model: str | None,
-    scale: float,
+    scale: float | None,
     original_context: int | None,
     revision: str | None,
     **flags: Any,
@@ -148,7 +152,7 @@ def command(
     """
     from converters.sources import open_checkpoint
     from converters.sources.huggingface import RUN
-    from pi_convert.commands._scale import note_second_factor, require_no_second_factor
+    from pi_convert.commands._scale import chosen_scale, note_second_factor
     from pi_convert.defaults import resolve_model
     from pi_convert.finetune.processes import OtherProcessError, said_once
     from pi_convert.report.console import emit
@@ -163,16 +167,16 @@ def command(
             source = open_checkpoint(
                 resolved.reference, revision=revision, original_context=original_context
             )
-            require_no_second_factor(scale, source)
+            chosen = chosen_scale(scale, source)
             if is_main:
                 note_second_factor(scale, source)
-            done = run_finetune(source, scale, **flags)
+            done = run_finetune(source, chosen, **flags)
     except OtherProcessError:
         return EXIT_FAILURE
     except KeyboardInterrupt:  # the first one lets a step end; before the first step there is none
         if source is None:
             raise
-        out = flags["out"] or Path(f"{source.interpolate(scale).artifact_name}-finetuned")
+        out = flags["out"] or default_folder(source, 1.0 if scale is None else scale)
         if not (out / RUN).is_dir():
             raise
         click.echo(f"interrupted; {out} goes on with the same command and --resume", err=True)
@@ -196,6 +200,10 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     from pi_convert.report.console import progress
 
     require_libraries(flags["device"])
+    if flags["threads"] is not None:
+        from pi_convert.runtimes.pytorch import limit_threads
+
+        limit_threads(flags["threads"])
     from pi_convert.finetune.progress import Schedule, Told
     from pi_convert.finetune.train import Passes
 
@@ -212,7 +220,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
         source=source,
         recipe=recipe,
         texts=flags["texts"],
-        out=flags["out"] or Path(f"{target.artifact_name}-finetuned"),
+        out=flags["out"] or default_folder(source, scale),
         schedule=Schedule(flags["save_every"], flags["eval_every"]),
         passes=Passes(flags["micro_batch"], recompute=not flags["no_gradient_checkpointing"]),
         device=flags["device"],
@@ -227,6 +235,7 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
                 estimate=_Estimated(request.schedule),
                 stopping=_stopping,
                 held_out=lambda done, windows: tell("measuring held-out windows", done, windows),
+                resumed=lambda step: _resumed(step, recipe.steps),
             )
             return finetune(request, teller, tell, told)
     finally:  # a run that ends in an error or at a second Ctrl-C has its losses too
@@ -266,6 +275,19 @@ def _draw(request: FinetuneRequest, first: int, seconds: float) -> None:
         click.echo(f"losses were not drawn: {error.message}", err=True)
 
 
+def as_tuned(source: Checkpoint) -> Checkpoint:
+    """The checkpoint under the name that it and its exports have once it is tuned."""
+    from converters.sources.card import tuned_name
+
+    card = replace(source.card, name=tuned_name(source.card.name))
+    return replace(source, card=card)
+
+
+def default_folder(source: Checkpoint, scale: float) -> Path:
+    """Of a run of ``source`` interpolated by ``scale``."""
+    return Path(as_tuned(source).interpolate(scale).artifact_name)
+
+
 def tuned_source(
     source: Checkpoint, scale: float, texts: tuple[Path, ...], steps: int | None, out: Path
 ) -> Checkpoint:
@@ -277,7 +299,7 @@ def tuned_source(
     from converters.sources import open_checkpoint
     from converters.sources.huggingface import RUN
 
-    folder = out / f"{source.interpolate(scale).artifact_name}-finetuned"
+    folder = out / default_folder(source, scale)
     flags = dict.fromkeys(("window", "global_batch", "learning_rate"))
     schedule = {"save_every": 50, "eval_every": 50, "seed": 0, "allow_short_window": False}
     passes = {"micro_batch": 1, "no_gradient_checkpointing": False}
@@ -289,6 +311,7 @@ def tuned_source(
         texts=texts,
         out=folder,
         device="cpu",
+        threads=None,
         resume=(folder / RUN).is_dir(),
         **flags,
         **schedule,
@@ -316,6 +339,13 @@ class _Teller:
         if report.perplexity_below is not None:
             line += f"; {_held_out(report.perplexity_below, report.perplexity_past)}"
         tell_line(line)
+
+
+def _resumed(step: int, steps: int) -> None:
+    if step:
+        tell_line(f"going on after step {step:,} of {steps:,}")
+    else:
+        tell_line("no checkpoint yet: the run starts at its first step")
 
 
 def _before(below: float, past: float | None) -> None:

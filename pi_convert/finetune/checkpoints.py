@@ -19,11 +19,16 @@ _TRAINER_STATE = "trainer_state.json"  # transformers writes it last
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; one that a kill cut short does not count."""
     found = [
-        (int(path.name.rpartition("-")[2]), path)
+        path
         for path in folder.glob("checkpoint-*")
         if path.name.rpartition("-")[2].isdigit() and _is_whole(path)
     ]
-    return max(found)[1] if found else None
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -67,6 +67,7 @@ class Told:
     estimate: Callable[[Estimate], None] = lambda _: None
     stopping: Callable[[], None] = lambda: None  # at a Ctrl-C, while the step goes on to its end
     held_out: Callable[[int, int], None] = lambda *_: None  # windows done, of so many
+    resumed: Callable[[int], None] = lambda _: None  # the step after which a run is gone on with
 
 
 class Progress(transformers.TrainerCallback):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from pi_convert.finetune.train import Outcome, Passes
 
 _NO_LIMIT = 10**9  # tokens a tokenizer is told it may give
+_FLAGS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("preset", "scale", "window", "steps", "learning_rate", "seed")
+} | {"global_batch": "--batch", "allow_short_window": "--allow-short-window"}
+_INPUTS = {"source": "MODEL has other weights", "data": "the text is another"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +124,12 @@ def finetune(
         told or Told(),
     )
     trainer = train.make_trainer(model, corpus, request.recipe, arguments, progress)
-    checkpoint = (
-        checkpoints.last_checkpoint(run / checkpoints.CHECKPOINTS) if request.resume else None
-    )
-    outcome = train.train(trainer, progress, checkpoint)
+    kept = None
+    if request.resume:
+        kept = checkpoints.last_checkpoint(run / checkpoints.CHECKPOINTS)
+        if is_main:
+            progress.told.resumed(checkpoints.step_of(kept) if kept else 0)
+    outcome = train.train(trainer, progress, kept)
     require_frequencies(model, rope, "after training")
     if outcome.finished:
         _write(request, trainer, model, record, is_main=is_main)
@@ -173,9 +181,9 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
 
 def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
     """The run's record; the main process makes the run folder of it too."""
-    files = text_files(request.texts, request.out)
     if is_main:
         _require_own(request)
+    files = text_files(request.texts, request.out)
     source = _about_source(request.source, tell) if is_main else {}
     record = run_record(request.recipe, request.target.rope, source, _about(files))
     if is_main:
@@ -214,10 +222,13 @@ def _require_own(request: FinetuneRequest) -> None:
     """Raises ``OutputError`` unless the folder is new or empty, or holds a run to go on with."""
     if (request.out / RUN / RECIPE).is_file():
         if (request.out / "config.json").is_file():
+            found = _stated(request.out / RUN / RECIPE)
+            other = _other_settings(found, {"recipe": dataclasses.asdict(request.recipe)})
+            more = f" with other settings: {other}" if other else ""
             raise OutputError(
-                f"{request.out} holds a finished run",
-                hint=f"`pi-convert export {request.out}` takes it; to train anew give another"
-                " --out.",
+                f"{request.out} holds a finished run{more}",
+                hint=f"`pi-convert export {shlex.quote(str(request.out))} --to gguf` takes it. It"
+                " cannot be trained further here: give another --out.",
             )
         if not request.resume:
             raise OutputError(
@@ -240,7 +251,7 @@ def _require_same_settings(out: Path, record: dict[str, object]) -> None:
     found = _stated(out / RUN / RECIPE)
     if found != _plain(record):
         raise OutputError(
-            f"{out} holds a run with other settings: {_difference(found, record)}",
+            f"{out} holds a run with other settings: {_other_settings(found, record)}",
             hint="Resume with the settings it was started with, or give another --out.",
         )
 
@@ -256,11 +267,19 @@ def _plain(record: dict[str, object]) -> Any:
     return json.loads(json.dumps(record))
 
 
-def _difference(found: dict[str, Any], record: dict[str, object]) -> str:
-    here = _plain(record)
-    names = [f"recipe.{k}" for k, v in here["recipe"].items() if found["recipe"].get(k) != v]
-    names += [k for k, v in here.items() if k != "recipe" and found.get(k) != v]
-    return ", ".join(names)
+def _other_settings(found: dict[str, Any], record: dict[str, object]) -> str:
+    """What the run in a folder (``found``) and ``record`` do not share, in a person's words."""
+    here, there = _plain(record), found.get("recipe", {})
+    said = [
+        f"{_FLAGS.get(name, name)} is {value}, the run has {there.get(name)}"
+        for name, value in here["recipe"].items()
+        if there.get(name) != value
+    ]
+    said += [
+        what for name, what in _INPUTS.items() if name in here and found.get(name) != here[name]
+    ]
+    rest = (name for name in here if name != "recipe" and found.get(name) != here[name])
+    return "; ".join(said or rest)
 
 
 def _tokens(request: FinetuneRequest, files: Sequence[Path], run: Path, tell: Tell) -> TokenStore:

@@ -87,11 +87,11 @@ def share_batch(arguments: Any, recipe: Recipe, passes: Passes) -> None:
     """
     at_once = arguments.world_size * passes.windows
     if recipe.global_batch % at_once:
-        processes = f"{arguments.world_size} processes" if arguments.world_size > 1 else "a process"
-        each = f" with {passes.windows} at once" if passes.windows > 1 else ""
+        processes, each = arguments.world_size, f"--micro-batch {passes.windows}"
+        shared = f"{processes} processes{f' with {each}' * (passes.windows > 1)}"
         raise ConvertError(
-            f"a global batch of {recipe.global_batch} windows cannot be shared by"
-            f" {processes}{each}",
+            f"--batch {recipe.global_batch} (windows a step) cannot be shared by"
+            f" {shared if processes > 1 else each}",
             hint=f"Give --batch as a multiple of {at_once}.",
         )
     arguments.gradient_accumulation_steps = recipe.global_batch // at_once

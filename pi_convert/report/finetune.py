@@ -44,7 +44,7 @@ def loss_page(plot: LossPlot) -> Report:
     trained = _trained(entries)
     first, last = trained[0], trained[-1]
     done = int(last["step"] or 0)
-    lines = [f"{int(last['tokens'] or 0):,} tokens trained in {done:,} steps."]
+    lines = [f"{int(last['tokens'] or 0):,} tokens read in {done:,} steps."]
     if done < plot.steps:
         lines.append(f"Stopped; the same command with --resume goes on to step {plot.steps:,}.")
     if plot.first > 1:

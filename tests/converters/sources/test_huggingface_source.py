@@ -340,7 +340,8 @@ class TestCard:
          ("out", "model_name: Tiny-finetuned", {}, "Tiny-finetuned"),
          ("out", "license: mit", {"_name_or_path": "org/Tiny"}, "Tiny-finetuned"),
          ("own-name", "license: mit", {}, "own-name"),
-         ("Tiny-PI2-finetuned", "license: mit", {}, "Tiny-finetuned")],
+         ("Tiny-PI2-finetuned", "license: mit", {}, "Tiny-finetuned"),
+         ("Tiny-finetuned-PI2", "license: mit", {}, "Tiny-finetuned")],
     )  # fmt: skip
     def test_a_tuned_model_has_not_its_bases_name(
         self, tmp_path: Path, folder: str, readme: str, config: dict[str, object], name: str

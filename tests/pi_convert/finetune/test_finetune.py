@@ -90,6 +90,16 @@ def test_the_folder_is_a_checkpoint_that_every_command_takes(whole: Path, tmp_pa
     assert "tuned with factor 2, as the record says; the RoPE has 4 and was changed since" in shown
 
 
+def test_a_tuned_model_is_tuned_further_without_a_scale(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["--text", str(text), "--steps", "1", "--batch", "1", "--threads", "1"]
+    result = CliRunner().invoke(command, [str(whole), *more])
+    assert result.exit_code == 0, result.output
+    assert open_checkpoint("tiny-finetuned-PI2").rope.factor == 2
+
+
 def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--to", "gguf", "--quantize", "f16", "--scale", "2", "--out", str(tmp_path)]
     torch.set_num_threads(2)
@@ -97,7 +107,7 @@ def test_export_tunes_first_where_it_is_asked_to(model: Path, text: Path, tmp_pa
     done = CliRunner().invoke(export, [str(model), *flags, *tuned])
     assert done.exit_code == 0, done.output
     assert torch.get_num_threads() == 1
-    assert open_checkpoint(str(tmp_path / "tiny-PI2-finetuned")).rope.factor == 2
+    assert open_checkpoint(str(tmp_path / "tiny-finetuned-PI2")).rope.factor == 2
     file = tmp_path / "tiny-finetuned-PI2-F16.gguf"
     assert open_checkpoint(str(file)).rope.factor == 2
     assert CliRunner().invoke(export, [str(model), *flags, "--steps", "1"]).exit_code == 2
@@ -181,11 +191,12 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
     assert not (out / "config.json").exists()
     with pytest.raises(OutputError, match="another run"):
         finetuned(model, text, out, *more, steps=8)
-    with pytest.raises(OutputError, match=r"recipe\.seed"):
+    with pytest.raises(OutputError, match="with other settings: --seed is 1, the run has 0"):
         finetuned(model, text, out, *more, "--seed", "1", "--resume", steps=8)
     with (out / "run" / "trainer_log.jsonl").open("a") as log:
         log.write('{"step": 6, "lo')  # as a kill may leave it
-    finetuned(model, text, out, *more, "--resume", steps=8)
+    said = finetuned(model, text, out, *more, "--resume", steps=8)
+    assert "going on after step 3 of 8\n" in said
     alike = ("loss", "perplexity_below", "perplexity_past")
     lines, expected = log_of(out), log_of(whole)
     assert [[x.get(key) for key in alike] for x in lines] == [

@@ -23,9 +23,10 @@ def test_a_finished_run_is_told_by_one_process(model: Path, text: Path, tmp_path
     out = tmp_path / "out"
     finetuned(model, text, out, steps=1)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert said(29614, *words(model, text, out)) == [
+    assert said(29614, *words(model, text, out, steps=1)) == [
         f"error: {out} holds a finished run",
-        f"hint: `pi-convert export {out}` takes it; to train anew give another --out.",
+        f"hint: `pi-convert export {out} --to gguf` takes it. It cannot be trained further here:"
+        " give another --out.",
     ]
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 

@@ -38,7 +38,7 @@ from tests.tiny import write_tiny
 def test_a_batch_that_passes_cannot_share_is_refused(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConvertError, match=r"2 windows .* a process with 3 at once") as refused:
+    with pytest.raises(ConvertError, match=r"--batch 2 .* shared by --micro-batch 3") as refused:
         finetuned(model, text, tmp_path / "out", "--micro-batch", "3")
     assert refused.value.hint == "Give --batch as a multiple of 3."
     assert not (tmp_path / "out").exists()
@@ -110,7 +110,7 @@ def test_a_run_of_other_weights_is_not_gone_on_with(
         with pytest.raises(TrainingError):
             finetuned(model, text, out, "--save-every", "1", steps=6)
     write_tiny(other, shape=SMALL, seed=1)
-    with pytest.raises(OutputError, match="with other settings: source"):
+    with pytest.raises(OutputError, match="with other settings: MODEL has other weights"):
         finetuned(other, text, out, "--save-every", "1", "--resume", steps=6)
 
 
@@ -153,6 +153,11 @@ def test_text_is_read_before_the_base_is_written_and_the_folder_before_the_weigh
     for resumed in ((), ("--resume",)):
         with pytest.raises(OutputError, match="holds a finished run"):
             finetuned(model, text, tmp_path / "out", *resumed, steps=1)
+    longer = pytest.raises(OutputError, match="other settings: --steps is 2, the run has 1")
+    with longer:
+        finetuned(model, text, tmp_path / "out", "--resume", steps=2)
+    with pytest.raises(OutputError, match="exists and is no run of finetune"):
+        finetuned(model, text, text)
 
 
 def test_nothing_is_left_behind_by_an_error_that_nobody_thought_of(
@@ -208,7 +213,8 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_once_there_is_room(
         finetuned(model, text, out, *more, steps=4)
     assert "once there is room the same command with --resume goes on" in full.value.hint
     assert list((out / "run" / "checkpoints").iterdir()) == []
-    finetuned(model, text, out, *more, "--resume", steps=4)
+    said = finetuned(model, text, out, *more, "--resume", steps=4)
+    assert "no checkpoint yet: the run starts at its first step\n" in said
     finetuned(model, text, tmp_path / "whole", *more, steps=4)
     assert weights(out) == weights(tmp_path / "whole")
 
@@ -265,4 +271,4 @@ def test_export_refuses_its_output_before_it_trains(
     tuned = [str(model), *flags, "--finetune", str(text), "--steps", "2"]
     refused = CliRunner().invoke(export, tuned)
     assert isinstance(refused.exception, OutputError)
-    assert not list(tmp_path.glob("*-finetuned"))
+    assert not (tmp_path / "tiny-finetuned-PI2").exists()
