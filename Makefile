@@ -62,7 +62,7 @@ bench: install-dev
 	$(BIN)/python benchmarks/train_step.py
 
 # The paper's claims on a small LLaMA, and one real model through the mission: hours; both go on
-# where they were stopped.
+# where they were stopped, from .cache, which `make clean` leaves.
 paper: install-dev
 	$(BIN)/python benchmarks/paper.py
 
@@ -71,4 +71,4 @@ real-model: install-dev
 
 clean:
 	rm -f converters/ggml/*.so
-	rm -rf $(VENV) $(DEMO) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -166,11 +166,14 @@ def as_text(rows: list[Row], versions: dict[str, str], device: str) -> str:
     lines = ["# A training step, against a plain Trainer script", "",
              f"`python benchmarks/train_step.py{flag}`", ""]  # fmt: skip
     lines += [f"- {key}: {value}" for key, value in versions.items()]
-    heads = ("a step", "tokens/s", "theirs", "ours / theirs", "peak", "theirs", "ours / theirs",
-             "start to first step", "theirs")  # fmt: skip
+    lines += ["", "SmolLM2-135M-Instruct, interpolated. Medians of the rounds; the first step of"
+              " each, which starts up, is left out."]  # fmt: skip
+    heads = ("a step", "rounds x steps", "tokens/s", "theirs", "ours / theirs", "peak", "theirs",
+             "ours / theirs", "start to first step", "theirs")  # fmt: skip
     lines += ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     lines += [
-        f"| {row['work']} | {row['ours_tokens_s']} | {row['peer_tokens_s']} | {row['speed_ratio']}"
+        f"| {row['work']} | {row['runs']} x {row['steps']} | {row['ours_tokens_s']}"
+        f" | {row['peer_tokens_s']} | {row['speed_ratio']}"
         f" | {row['ours_peak_mib']} MiB | {row['peer_peak_mib']} MiB | {row['peak_ratio']}"
         f" | {row['ours_start_s']} s | {row['peer_start_s']} s |"
         for row in rows
