@@ -55,7 +55,7 @@ class Plan:
         return self.device == "cuda"
 
 
-CPU = Plan("cpu", 2, 10_240, 12, 1, 3e-4, (4096, 8192, 10_240), 1024, 4)
+CPU = Plan("cpu", 2, 10_240, 30, 1, 3e-4, (4096, 8192, 10_240), 1024, 4)
 CUDA = Plan("cuda", 8, 65_536, 40, 4, 2e-4, (4096, 8192, 16_384, 32_768, 65_536), 1024, 14, True)
 QUICK = Plan("cpu", 2, 256, 1, 1, 1e-4, (128, 256), 32, 2)
 GGUF = ["--to", "gguf", "--quantize", "q8_0", "--allow-requantize"]
