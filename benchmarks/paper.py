@@ -48,6 +48,7 @@ CACHE = Path(__file__).parent.parent / ".cache" / "paper"
 SPEECH_TOKENS = 3_050_000  # of the speeches to train on, by the tokenizer made here
 PASS_TOKENS = 512  # at once; more is no faster on two cores
 _TOLD_EVERY = 25  # steps
+_MEASURED = "perplexity.json", "passkey-*.json", "probe.json"  # of other weights than the copy's
 
 Found = dict[str, Any]
 
@@ -296,7 +297,7 @@ def keep(folder: Path, model: Path, weights: Path | None = None) -> None:
     """A copy of the model in ``folder``, with other weights of the same names if they are given."""
     partial = model.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns("run"))
+    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns("run", *_MEASURED))
     if weights is not None:
         shutil.copy(weights, partial / "model.safetensors")
     partial.rename(model)

@@ -137,7 +137,9 @@ def tune(bench: Bench, model: str) -> None:
              str(split(CACHE.parent / "speeches").train), "--window", str(plan.window), "--steps",
              str(plan.steps), "--batch", str(plan.batch), "--learning-rate", str(plan.rate),
              "--save-every", "2", "--eval-every", "0", "--device", plan.device,
-             "--allow-short-window", "--out", str(bench.tuned)]  # fmt: skip
+             "--out", str(bench.tuned)]  # fmt: skip
+    if plan is QUICK:
+        words.append("--allow-short-window")
     if (bench.tuned / "run").is_dir():
         words.append("--resume")
     pi_convert(words)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from pi_convert.commands.options import PATH, Decorated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("pytorch", "llama.cpp")
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+_OF_LLAMACPP = ("ubatch", "flash_attention", "kv_cache_type", "n_gpu_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,19 @@ class RunOptions:
     flash_attention: bool | None
     kv_cache_type: str
     n_gpu_layers: int | None
+    given: tuple[str, ...] = ()  # llama.cpp's options that the command line has
+
+    def settings(self, runtimes: Collection[str]) -> dict[str, object]:
+        """What a run in ``runtimes`` was set to; llama.cpp's options only where it took part."""
+        names = ("device", "threads", *(_OF_LLAMACPP if "llama.cpp" in runtimes else ()))
+        return {name: getattr(self, name) for name in names}
+
+
+def take_run(flags: dict[str, Any]) -> RunOptions:
+    """The options of the command that runs, and which of llama.cpp's were given to it."""
+    source = click.get_current_context().get_parameter_source
+    given = tuple(name for name in _OF_LLAMACPP if source(name) is not ParameterSource.DEFAULT)
+    return RunOptions(**flags, given=given)
 
 
 def run_options(function: Decorated) -> Decorated:
@@ -121,11 +136,13 @@ def runtime_option(name: str = "--runtime", of: str = "GGUF files") -> Callable[
     )
 
 
-def read_texts(paths: Sequence[Path]) -> tuple[Document, ...]:
-    """The documents at ``paths``, or the default ones."""
+def read_texts(paths: Sequence[Path]) -> tuple[tuple[Document, ...], dict[str, object]]:
+    """(the documents at ``paths`` or the default ones, which they are for the record)."""
     from pi_convert.evaluate.texts import default_documents, read_documents
+    from pi_convert.report.provenance import texts_record
 
-    return read_documents(paths) or default_documents()
+    given = read_documents(paths)
+    return given or default_documents(), texts_record(given)
 
 
 def take(flags: dict[str, Any], fields: type) -> dict[str, Any]:

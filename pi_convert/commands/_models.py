@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,11 +49,12 @@ def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...
     from pi_convert.evaluate.statistics import limit_threads
 
     limit_threads(named[0][1].options.threads)
-    models, runtimes_of = [], {}
+    models, references, runtimes_of = [], [], {}
     for reference, opening in named:
         resolved = resolve_model(reference)
         click.echo(resolved.announcement, err=True)
         models.append(open_model(resolved.reference, opening))
+        references.append(resolved.reference)
         if opening.runtime is not None:
             runtimes_of[resolved.reference] = opening.runtime
     _require_used(named[0][1].options, models, runtimes_of)
@@ -63,21 +64,43 @@ def open_models(named: Sequence[tuple[str | None, Opening]]) -> tuple[Model, ...
             "--scale is for models that torch runs; GGUF and ONNX files have their own factor."
             " For a GGUF, --runtime pytorch takes its weights."
         )
-    return tuple(models)
+    return _told_apart(models, references)
+
+
+def _told_apart(models: Sequence[Model], references: Sequence[str]) -> tuple[Model, ...]:
+    """The models; those that share a name get their references behind their labels."""
+    given: dict[str, set[str]] = {}
+    for model, reference in zip(models, references, strict=True):
+        given.setdefault(model.name, set()).add(reference)
+    return tuple(
+        model if len(given[model.name]) == 1 else replace(model, label=f"{model.label} ({name})")
+        for model, name in zip(models, references, strict=True)
+    )
+
+
+def record(
+    models: Sequence[Model], opening: Opening, settings: Mapping[str, object]
+) -> dict[str, str]:
+    """What models ran on, how they were opened, and ``settings``: what repeats a measurement."""
+    from pi_convert.report.provenance import environment
+
+    runtimes = {model.runtime for model in models}
+    opened = {
+        "scale": opening.scale,
+        "revision": opening.revision,
+        "original_context": opening.original_context,
+    }
+    return environment(runtimes, {**opening.options.settings(runtimes), **opened, **settings})
 
 
 def _require_used(
     options: RunOptions, models: Sequence[Model], runtimes_of: Mapping[str, str]
 ) -> None:
     """Raises ``UsageError`` for an option that touches none of the models."""
-    given = {
-        "--kv-cache-type": options.kv_cache_type != "f16",
-        "--flash-attention": options.flash_attention is not None,
-        "--n-gpu-layers": options.n_gpu_layers is not None,
-    }
-    if any(given.values()) and all(model.runtime != "llama.cpp" for model in models):
-        flag = next(flag for flag, is_given in given.items() if is_given)
-        raise click.UsageError(f"{flag} is of llama.cpp, which runs none of these models.")
+    if options.given and all(model.runtime != "llama.cpp" for model in models):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in options.given)
+        verb = "are" if options.given[1:] else "is"
+        raise click.UsageError(f"{flags} {verb} of llama.cpp, which runs none of these models.")
     if runtimes_of and not any(name.lower().endswith(".gguf") for name in runtimes_of):
         raise click.UsageError("a runtime is chosen for GGUF files, and none of these is one.")
 

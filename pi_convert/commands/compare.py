@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pi_convert.commands._measuring import (
-    RunOptions,
     read_texts,
     report_option,
     require_report,
     run_options,
     runtime_option,
+    take_run,
     text_option,
     write_page,
 )
@@ -28,10 +28,10 @@ from pi_convert.commands.options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pi_convert.evaluate.compare import Paired
     from pi_convert.evaluate.models import Model
     from pi_convert.evaluate.texts import Document
     from pi_convert.evaluate.windows import TokenStream, Window
-    from pi_convert.report.compare import CompareReport
 
 PROTOCOLS = ("documents", "llama.cpp")
 _DEFAULT_CONTEXT, _DEFAULT_DOCUMENTS = 1024, 8
@@ -45,6 +45,19 @@ class Asked:
     documents: int  # 0: all
     protocol: str
     max_windows: int  # of protocol llama.cpp; 0: all
+    extrapolate: bool
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """For the record."""
+        by_documents = self.protocol == "documents"
+        count = "documents" if by_documents else "max_windows"
+        return {
+            "protocol": self.protocol,
+            "context": self.context,
+            count: self.documents if by_documents else self.max_windows,
+            "extrapolate": self.extrapolate,
+        }
 
 
 @click.command()
@@ -124,16 +137,16 @@ def command(
         raise click.UsageError("--max-windows is of --protocol llama.cpp; else give --documents.")
     if documents is not None and protocol == "llama.cpp":
         raise click.UsageError("--protocol llama.cpp takes --max-windows in place of --documents.")
-    from pi_convert.commands._models import Opening, open_models, require_contexts
-    from pi_convert.report.compare import compare_text
+    from pi_convert.commands._models import Opening, open_models, record, require_contexts
+    from pi_convert.report.compare import CompareReport, compare_text
     from pi_convert.report.compare_page import compare_page
     from pi_convert.report.console import emit, emit_json
 
     require_report(report, force=force)
-    run = RunOptions(**flags)
+    opening = Opening(take_run(flags), scale, None, revision, original_context)
     models = open_models(
         [
-            (name, Opening(run, scale, runtime, revision, original_context))
+            (name, replace(opening, runtime=runtime))
             for name, runtime in ((a, runtime_a), (b, runtime_b))
         ]
     )
@@ -141,8 +154,11 @@ def command(
         context = min([_DEFAULT_CONTEXT, *(m.context for m in models if m.context is not None)])
     require_contexts(models, context, extrapolate=extrapolate, at_once=True)
     count = _DEFAULT_DOCUMENTS if documents is None else documents
-    asked = Asked(context, count, protocol, max_windows or 0)
-    found = _compare(models, read_texts(texts), asked, run)
+    asked = Asked(context, count, protocol, max_windows or 0, extrapolate)
+    documents_read, record_of_texts = read_texts(texts)
+    paired = _compare(models, documents_read, asked)
+    ran = record(models, opening, {**asked.settings, **record_of_texts})
+    found = CompareReport(models[0], models[1], paired, ran)
     if as_json:
         emit_json(found.to_json())
     else:
@@ -151,18 +167,14 @@ def command(
         write_page(compare_page(found), report, force=force)
 
 
-def _compare(
-    models: Sequence[Model], texts: Sequence[Document], asked: Asked, run: RunOptions
-) -> CompareReport:
+def _compare(models: Sequence[Model], texts: Sequence[Document], asked: Asked) -> Paired:
     import contextlib
 
     from pi_convert.evaluate.compare import compare
     from pi_convert.evaluate.cost import measure_speed
     from pi_convert.evaluate.models import require_vocabulary
     from pi_convert.evaluate.wording import duration
-    from pi_convert.report.compare import CompareReport
     from pi_convert.report.console import progress
-    from pi_convert.report.provenance import environment
 
     runs, windows = _windows(models, texts, asked)
     with progress() as tell, contextlib.ExitStack() as stack:
@@ -174,9 +186,7 @@ def _compare(
             for model, runtime in zip(models, loaded, strict=True)
         )
         click.echo(f"cost: about {duration(seconds)}", err=True)
-        paired = compare(loaded[0], loaded[1], windows, tell)
-    a, b = models
-    return CompareReport(a, b, paired, environment((a.runtime, b.runtime), asdict(run)))
+        return compare(loaded[0], loaded[1], windows, tell)
 
 
 def _windows(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pi_convert.commands._measuring import (
-    RunOptions,
     report_option,
     require_report,
     run_options,
     runtime_option,
     take,
+    take_run,
     write_page,
 )
 from pi_convert.commands.options import (
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pi_convert.evaluate.models import Model
-    from pi_convert.report.passkey import PasskeyReport
+    from pi_convert.evaluate.passkey import Passkey
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ class PasskeyOptions:
     type=click.IntRange(min=2),
     default=32,
     metavar="N",
-    help="Distances of the passkey from the end. Default: 32, the paper's.",
+    help="Distances of the passkey from the end; fewer where the context has fewer lines of filler."
+    " Default: 32, the paper's.",
 )
 @click.option(
     "--trials",
@@ -107,17 +108,20 @@ def command(
       pi-convert passkey model-PI8.gguf --max-context 16384 --budget 30
       pi-convert passkey ./base ./tuned --max-context 4096 --extrapolate
     """
-    from pi_convert.commands._models import Opening, open_models, require_contexts
+    from pi_convert.commands._models import Opening, open_models, record, require_contexts
     from pi_convert.report.console import emit_json
+    from pi_convert.report.passkey import PasskeyReport
     from pi_convert.report.passkey_page import passkey_page
 
     require_report(report, force=force)
     options = PasskeyOptions(**take(flags, PasskeyOptions))
-    run = RunOptions(**flags)
-    opening = Opening(run, scale, runtime, revision, original_context)
+    opening = Opening(take_run(flags), scale, runtime, revision, original_context)
     opened = open_models([(model, opening) for model in models or (None,)])
     require_contexts(opened, options.max_context, extrapolate=options.extrapolate)
-    found = _measure(opened, options, run, as_json=as_json)
+    measured = _measure(opened, options, as_json=as_json)
+    asked = (options.depths, options.trials)
+    ran = record(opened, opening, asdict(options))
+    found = PasskeyReport(options.max_context, asked, measured, ran)
     if as_json:
         emit_json(found.to_json())
     if report is not None:
@@ -125,14 +129,13 @@ def command(
 
 
 def _measure(
-    models: Sequence[Model], options: PasskeyOptions, run: RunOptions, *, as_json: bool
-) -> PasskeyReport:
+    models: Sequence[Model], options: PasskeyOptions, *, as_json: bool
+) -> list[tuple[Model, Passkey]]:
     from pi_convert.evaluate.cost import measure_speed
     from pi_convert.evaluate.models import Workbench, require_vocabulary
     from pi_convert.evaluate.passkey import measure_passkey, plan_passkey, within_budget
     from pi_convert.report.console import emit, progress
-    from pi_convert.report.passkey import PasskeyReport, passkey_text, plan_text
-    from pi_convert.report.provenance import environment
+    from pi_convert.report.passkey import distances_text, passkey_text, plan_text
 
     asked, context = (options.depths, options.trials), options.max_context
     planned = []
@@ -145,13 +148,12 @@ def _measure(
             runtime = bench.runtime(model)
             require_vocabulary(model, runtime, (prompt.tokens for prompt in plan.prompts))
             speed = measure_speed(model, runtime)
+            lacking = distances_text(plan, asked[0])
             if options.budget is not None:
                 seconds, seed = 60 * options.budget, options.seed
                 plan = within_budget(model, context, plan, speed, seconds, seed=seed)  # noqa: PLW2901
-            text = plan_text(plan, (planned[0][1].depths, asked[1]), plan.seconds(speed))
-            click.echo(f"cost: {text}", err=True)
+            click.echo(f"cost: {plan_text(plan, asked, plan.seconds(speed))}{lacking}", err=True)
             found.append((model, measure_passkey(runtime, plan, tell, f"{model.name}: ")))
             if not as_json:
                 emit(passkey_text(*found[-1]))
-    settings = {**asdict(run), "seed": options.seed}
-    return PasskeyReport(context, asked, found, environment((m.runtime for m in models), settings))
+    return found

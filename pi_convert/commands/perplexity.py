@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pi_convert.commands._measuring import (
-    RunOptions,
     read_texts,
     report_option,
     require_report,
     run_options,
     runtime_option,
     take,
+    take_run,
     text_option,
     write_page,
 )
@@ -27,8 +27,9 @@ from pi_convert.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from pi_convert.commands._models import Opening
     from pi_convert.evaluate.models import Model
     from pi_convert.evaluate.texts import Document
     from pi_convert.report.perplexity import LlamaCppReport, PerplexityReport
@@ -146,16 +147,16 @@ def command(
         raise click.UsageError(
             "--protocol llama.cpp scores the second half of every window: it takes no --stride."
         )
-    run = RunOptions(**flags)
-    opening = Opening(run, scale, runtime, revision, original_context)
+    opening = Opening(take_run(flags), scale, runtime, revision, original_context)
     opened = open_models([(model, opening) for model in models or (None,)])
     options = _settled(options, opened, joined=not texts)
-    asked = Asked(options, run, as_json)
+    documents, record_of_texts = read_texts(texts)
+    asked = Asked(options, opening, record_of_texts, as_json)
     found: PerplexityReport | LlamaCppReport
     if options.protocol == "llama.cpp":
-        found = _as_llamacpp(opened, read_texts(texts), asked)
+        found = _as_llamacpp(opened, documents, asked)
     else:
-        found = _as_the_paper(opened, read_texts(texts), asked)
+        found = _as_the_paper(opened, documents, asked)
     if as_json:
         emit_json(found.to_json())
     if report is not None:
@@ -169,14 +170,31 @@ class Asked:
     """All that the command line asked for."""
 
     options: PerplexityOptions
-    run: RunOptions
+    opening: Opening
+    texts: Mapping[str, object]  # for the record
     as_json: bool
 
-    def environment(self, models: Sequence[Model]) -> dict[str, str]:
-        """What it ran on."""
-        from pi_convert.report.provenance import environment
+    @property
+    def max_windows(self) -> int:
+        """Windows a context; 0: every one."""
+        if self.options.max_windows is None:
+            return _DEFAULT_WINDOWS if self.options.protocol == "paper" else 0
+        return self.options.max_windows
 
-        return environment((model.runtime for model in models), asdict(self.run))
+    def environment(self, models: Sequence[Model]) -> dict[str, str]:
+        """What it ran on, and with what."""
+        from pi_convert.commands._models import record
+
+        options, paper = self.options, self.options.protocol == "paper"
+        settings = {
+            "protocol": options.protocol,
+            "contexts": ",".join(map(str, options.contexts or ())),
+            "stride": options.stride if paper else None,
+            "max_windows": self.max_windows,
+            "join": options.join if paper else None,
+            "extrapolate": options.extrapolate,
+        }
+        return record(models, self.opening, {**settings, **self.texts})
 
 
 def _settled(
@@ -213,7 +231,7 @@ def _as_the_paper(
         runs,
         options.contexts or (),
         stride=options.stride or _DEFAULT_STRIDE,
-        most=_DEFAULT_WINDOWS if options.max_windows is None else options.max_windows,
+        most=asked.max_windows,
         joined=options.join,
     )
     if not asked.as_json:
@@ -253,7 +271,7 @@ def _as_llamacpp(
         for model in models:
             run = encode_whole(model, documents)
             windows = [
-                llamacpp_windows(run, model.bos, context, asked.options.max_windows or 0)
+                llamacpp_windows(run, model.bos, context, asked.max_windows)
                 for context in asked.options.contexts or ()
             ]
             cost = cost_text(bench, [model], [window for group in windows for window in group])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,8 @@ from pi_convert.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from converters.checkpoint import Checkpoint
     from pi_convert.commands._measuring import RunOptions
     from pi_convert.evaluate.texts import Document
@@ -70,14 +71,21 @@ def command(
     checkpoint = open_checkpoint(
         resolved.reference, revision=revision, original_context=original_context
     )
-    report = _probe(checkpoint, read_texts(texts), run)
+    documents, record_of_texts = read_texts(texts)
+    settings = {"revision": revision, "original_context": original_context, **record_of_texts}
+    report = _probe(checkpoint, documents, run, settings)
     if as_json:
         emit_json(report.to_json())
     else:
         emit(probe_text(report))
 
 
-def _probe(checkpoint: Checkpoint, texts: tuple[Document, ...], run: RunOptions) -> ProbeReport:
+def _probe(
+    checkpoint: Checkpoint,
+    texts: tuple[Document, ...],
+    run: RunOptions,
+    settings: Mapping[str, object],
+) -> ProbeReport:
     from pi_convert.commands._models import require_contexts, torch_model
     from pi_convert.evaluate.cost import measure_speed
     from pi_convert.evaluate.models import encode_all, require_vocabulary
@@ -102,7 +110,5 @@ def _probe(checkpoint: Checkpoint, texts: tuple[Document, ...], run: RunOptions)
         click.echo(f"cost: about {duration(seconds)}", err=True)
         found = probe(checkpoint, loaded, windows, tell)
         loaded.close()
-    settings = {"device": asdict(run)["device"], "threads": run.threads}
-    return ProbeReport(
-        checkpoint.origin.label, checkpoint.rope.factor, found, environment(["torch"], settings)
-    )
+    ran = environment(["torch"], {**run.settings(["torch"]), **settings})
+    return ProbeReport(checkpoint.origin.label, checkpoint.rope.factor, found, ran)

@@ -49,6 +49,7 @@ class Plan:
     stride: int
     stretches: tuple[Stretch, ...]
     available: int  # stretches in the texts
+    documents_available: int  # that those are of
     too_short: int  # documents
     joined: bool
 
@@ -60,12 +61,17 @@ class Plan:
     @property
     def documents(self) -> int:
         """Documents that scored tokens are of."""
-        ends = [s.run.document[s.stop - self.stride : s.stop] for s in self.stretches]
-        return len(np.unique(np.concatenate(ends)))
+        return _documents(self.stretches, self.stride)
 
     def windows(self, context_tokens: int) -> tuple[Window, ...]:
         """One window for each stretch."""
         return tuple(s.window(context_tokens, self.stride) for s in self.stretches)
+
+
+def _documents(stretches: Sequence[Stretch], stride: int) -> int:
+    """Documents that the ``stretches`` fall into."""
+    ends = [s.run.document[s.stop - stride : s.stop] for s in stretches]
+    return len(np.unique(np.concatenate(ends)))
 
 
 def plan_windows(
@@ -106,7 +112,15 @@ def plan_windows(
     chosen = every
     if most and most < len(every):
         chosen = [every[round(i)] for i in np.linspace(0, len(every) - 1, most)]
-    return Plan(sizes, stride, tuple(chosen), len(every), len(runs) - len(long_enough), joined)
+    return Plan(
+        sizes,
+        stride,
+        tuple(chosen),
+        len(every),
+        _documents(every, stride),
+        len(runs) - len(long_enough),
+        joined,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,4 +79,5 @@ def _chart(report: CompareReport) -> LineChart:
         context_marks([report.a, report.b], ends),
         log_x=True,
         log_y=True,
+        has_table=True,
     )

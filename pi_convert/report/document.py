@@ -58,20 +58,27 @@ class LineChart:
     log_x: bool = False
     log_y: bool = False
     y_range: tuple[float, float] | None = None  # None: as the points need
+    has_table: bool = False  # a table beside it has the values, so that text needs no other
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Values by row and column, None where nothing was run; ``crossed`` cells are marked."""
+    """Values by row and column as colours, None where nothing was run.
+
+    ``cells`` are the values in words, for a table; ``texts`` what a cell says of itself. Cells that
+    are ``crossed`` get a mark, and ``crossed_where`` says what for.
+    """
 
     title: str
     x_label: str
     y_label: str
     columns: tuple[str, ...]
     rows: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]  # by row, each 0 to 1
-    texts: tuple[tuple[str, ...], ...]  # what a cell says, by row
+    shades: tuple[tuple[float | None, ...], ...]  # by row, each 0 to 1
+    cells: tuple[tuple[str, ...], ...]  # by row
+    texts: tuple[tuple[str, ...], ...]  # by row
     crossed: tuple[tuple[bool, ...], ...]
+    crossed_where: str  # behind "a dot"
     scale: tuple[str, str]  # what 0 and 1 are
 
 

@@ -47,7 +47,8 @@ def _block(block: Block) -> str:
         case LineChart():
             return _figure(block.title, [line_chart(block, s) for s in (WIDE, NARROW)], block)
         case HeatMap():
-            return _figure(block.title, [heat_map(block, s) for s in (WIDE, NARROW)], None)
+            title = f"{block.title}; a dot {block.crossed_where}"
+            return _figure(title, [heat_map(block, s) for s in (WIDE, NARROW)], None)
 
 
 def _figure(title: str, drawings: list[str], chart: LineChart | None) -> str:
@@ -111,7 +112,7 @@ body{margin:0;background:var(--bg);color:var(--fg);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:60rem;margin:0 auto;padding:1.25rem 1rem 3rem}
 h1{font-size:1.4rem;line-height:1.3;margin:.1rem 0 1rem;overflow-wrap:anywhere}
-h2{font-size:1.1rem;margin:2rem 0 .6rem}
+h2{font-size:1.1rem;margin:2rem 0 .6rem;overflow-wrap:anywhere}
 p{margin:.4rem 0;overflow-wrap:anywhere}
 .kind,figcaption,.axis{color:var(--soft)}
 .kind{font-size:.85rem;margin:0}
@@ -128,7 +129,7 @@ vertical-align:top}
 th{color:var(--soft);font-weight:600}
 .n{text-align:right;white-space:nowrap}
 figure{margin:1rem 0}
-figcaption{font-weight:600;color:var(--fg)}
+figcaption{font-weight:600;color:var(--fg);overflow-wrap:anywhere}
 .axis{font-size:.8rem;margin:.2rem 0 0}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.3rem 0;padding:0;
 font-size:.85rem}

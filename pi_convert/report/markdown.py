@@ -1,4 +1,4 @@
-"""A report as Markdown: charts become tables of their points."""
+"""A report as Markdown: charts become tables of their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pi_convert.report.document import Block, HeatMap, LineChart, Report, Table
 from pi_convert.report.svg import number
 
 _MOST_POINTS = 40
+_CROSSED = "*"
 
 
 def markdown(report: Report) -> str:
@@ -27,20 +28,22 @@ def _block(block: Block) -> str:
             return _plain(block)
         case Table():
             return _table(block.header, block.rows, block.numeric)
+        case LineChart() if block.has_table:
+            return _plain(block.title)
         case LineChart():
-            return f"{block.title}\n\n{_points(block)}"
+            return f"{_plain(block.title)}\n\n{_points(block)}"
         case HeatMap():
-            rows = [[r, *texts] for r, texts in zip(block.rows, _cells(block), strict=True)]
+            title = _plain(f"{block.title}; {_CROSSED} {block.crossed_where}")
+            rows = [[r, *cells] for r, cells in zip(block.rows, _cells(block), strict=True)]
             header = (f"{block.y_label} / {block.x_label}", *block.columns)
-            return f"{block.title}\n\n{_table(header, rows, frozenset())}"
+            return f"{title}\n\n{_table(header, rows, frozenset())}"
 
 
 def _cells(chart: HeatMap) -> list[list[str]]:
     return [
-        ["-" if v is None else number(v) + ("*" if crossed else "") for v, crossed in
-         zip(values, marks, strict=True)]
-        for values, marks in zip(chart.values, chart.crossed, strict=True)
-    ]  # fmt: skip
+        [cell + _CROSSED * crossed for cell, crossed in zip(cells, marks, strict=True)]
+        for cells, marks in zip(chart.cells, chart.crossed, strict=True)
+    ]
 
 
 def _points(chart: LineChart) -> str:

@@ -12,6 +12,7 @@ from pi_convert.report.console import table, tokens
 from pi_convert.report.perplexity import model_identity
 
 SCHEMA_VERSION = 1
+DISTANCE_COLUMNS = ("distance", "found", "95 %", "log p of the digits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,22 @@ def plan_text(plan: PasskeyPlan, asked: tuple[int, int], seconds: float) -> str:
     )
 
 
+def distances_text(plan: PasskeyPlan, asked: int) -> str:
+    """Behind the cost: why ``plan``, before any budget, has fewer distances than were asked for."""
+    if plan.depths == asked:
+        return ""
+    return (
+        f"; only {plan.depths} of {asked} distances exist at this context: the passkey moves by"
+        " whole lines of filler"
+    )
+
+
 def passkey_text(model: Model, found: Passkey) -> str:
     """One model's table, a line a distance, and k_max."""
     rows = [
-        [
-            f"{tokens(d.distance):>9}",
-            f"{d.found}/{d.trials}",
-            f"{d.interval[0]:.2f} to {d.interval[1]:.2f}",
-            f"{d.log_probability:>8.2f}",
-        ]
-        for d in found.depths
+        (f"{far:>9}", hits, ends, f"{log_p:>8}") for far, hits, ends, log_p in distance_rows(found)
     ]
-    header = (f"{'distance':>9}", "found", "95 %", "log p of the digits")
+    header = (f"{DISTANCE_COLUMNS[0]:>9}", *DISTANCE_COLUMNS[1:])
     return "\n".join(
         [
             f"{model.name}, prompts of {tokens(found.prompt_tokens)} tokens,"
@@ -71,6 +76,19 @@ def passkey_text(model: Model, found: Passkey) -> str:
             table(rows, header=header),
             f"  {k_max_text(found)}",
         ]
+    )
+
+
+def distance_rows(found: Passkey) -> tuple[tuple[str, str, str, str], ...]:
+    """``DISTANCE_COLUMNS`` of every distance, nearest first."""
+    return tuple(
+        (
+            tokens(d.distance),
+            f"{d.found}/{d.trials}",
+            f"{d.interval[0]:.2f} to {d.interval[1]:.2f}",
+            f"{d.log_probability:.2f}",
+        )
+        for d in found.depths
     )
 
 

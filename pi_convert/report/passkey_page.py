@@ -8,6 +8,7 @@ from pi_convert.evaluate.models import Model
 from pi_convert.evaluate.passkey import DIGITS, Answer, Passkey
 from pi_convert.report.console import tokens
 from pi_convert.report.document import (
+    Block,
     Check,
     HeatMap,
     Line,
@@ -16,9 +17,10 @@ from pi_convert.report.document import (
     Report,
     Result,
     Section,
+    Table,
     Tone,
 )
-from pi_convert.report.passkey import PasskeyReport, k_max_text
+from pi_convert.report.passkey import DISTANCE_COLUMNS, PasskeyReport, distance_rows, k_max_text
 from pi_convert.report.perplexity_page import context_marks
 
 _CHANCE = -DIGITS * log(10)
@@ -34,7 +36,10 @@ def passkey_page(report: PasskeyReport) -> Report:
         tone=Tone.PLAIN,
         lines=sentences[1:],
         sections=(
-            Section("Share of trials in which the passkey was found", (_shares(report),)),
+            Section(
+                "Share of trials in which the passkey was found",
+                (_shares(report), *_tables(report)),
+            ),
             Section(
                 "Log-probability of the right digits",
                 tuple(_heat_map(model, found) for model, found in report.models),
@@ -66,6 +71,17 @@ def _shares(report: PasskeyReport) -> LineChart:
         lines,
         context_marks([model for model, _ in report.models], ends),
         y_range=(-0.02, 1.04),
+        has_table=True,
+    )
+
+
+def _tables(report: PasskeyReport) -> tuple[Block, ...]:
+    """Each model's name and its table."""
+    numeric = frozenset({0, 1, 3})
+    return tuple(
+        block
+        for model, found in report.models
+        for block in (model.name, Table(DISTANCE_COLUMNS, distance_rows(found), numeric))
     )
 
 
@@ -75,14 +91,16 @@ def _heat_map(model: Model, found: Passkey) -> HeatMap:
     depths = range(len(found.depths))
     rows = [[cells.get((trial, depth)) for depth in depths] for trial in trials]
     return HeatMap(
-        f"{model.name}: each cell one passkey; a dot where greedy decoding finds it",
+        f"{model.name}: each cell one passkey, its log p in nats",
         "distance (tokens)",
         "trial",
         tuple(tokens(depth.distance) for depth in found.depths),
         tuple(str(trial + 1) for trial in trials),
         tuple(tuple(_shade(a) for a in row) for row in rows),
-        tuple(tuple(_cell(a) for a in row) for row in rows),
+        tuple(tuple(_value(a) for a in row) for row in rows),
+        tuple(tuple(_sentence(a) for a in row) for row in rows),
         tuple(tuple(a is not None and a.found for a in row) for row in rows),
+        "where greedy decoding finds it",
         ("as by chance", "certain"),
     )
 
@@ -94,7 +112,11 @@ def _shade(answer: Answer | None) -> float | None:
     return min(1.0, max(0.0, 1 - answer.log_probability / _CHANCE))
 
 
-def _cell(answer: Answer | None) -> str:
+def _value(answer: Answer | None) -> str:
+    return "-" if answer is None else f"{answer.log_probability:.2f}"
+
+
+def _sentence(answer: Answer | None) -> str:
     if answer is None:
         return "not run"
     verb = "found" if answer.found else "not found"

@@ -20,7 +20,7 @@ from pi_convert.evaluate.wording import duration
 from pi_convert.report.console import table, tokens
 
 SCHEMA_VERSION = 1
-# A change of perplexity smaller than this is called none: the fourth digit.
+# A change of perplexity of which the whole interval is smaller is called none: the fourth digit.
 _NO_CHANGE = 5e-4
 
 
@@ -51,15 +51,22 @@ class LlamaCppReport:
 
 def plan_text(plan: Plan) -> str:
     """What is scored, in one sentence."""
-    documents = plan.documents
     share = f"{len(plan.stretches)} of {plan.available}"
     left_out = f"; {plan.too_short} shorter than {plan.contexts[-1]:,} tokens left out"
     return (
         f"{tokens(plan.scored_tokens)} tokens scored, the same at every context: {share} strides of"
-        f" {plan.stride}, from {documents} document{'s'[: documents != 1]}"
+        f" {plan.stride}, {_documents_text(plan)}"
         + (" joined" if plan.joined else "")
         + (left_out if plan.too_short else "")
     )
+
+
+def _documents_text(plan: Plan) -> str:
+    count, of = plan.documents, plan.documents_available
+    if count == of:
+        return f"from {count} document{'s'[: count != 1]}"
+    verb = "fall" if len(plan.stretches) > 1 else "falls"
+    return f"which {verb} into {count} of {of} documents"
 
 
 def model_text(model: Model, measured: Measured) -> str:
@@ -121,20 +128,22 @@ def interval_text(at: AtContext) -> str:
 
 
 def growth_text(growth: Growth) -> str:
-    """What a longer window does to perplexity, and whether the interval leaves a doubt."""
+    """What a longer window does to perplexity, as far as the interval leaves no doubt."""
     change, ends = growth.change.value, growth.change.interval
     span = f"from {tokens(growth.start)} to {tokens(growth.stop)} tokens"
     size = f"{expm1(change):+.1%}"
-    sure = ends is None or ends[0] > 0 or ends[1] < 0
-    bounds = "" if ends is None else f", 95 %: {expm1(ends[0]):+.1%} to {expm1(ends[1]):+.1%}"
-    if abs(expm1(change)) < _NO_CHANGE:
-        return f"{span} perplexity stays ({size}{bounds})"
-    verb = "falls" if change < 0 else "rises"
     if ends is None:
-        return f"{span} perplexity {verb} ({size}; one document, so no interval)"
-    if not sure:
-        return f"{span} no change that these documents can tell ({size}{bounds})"
-    return f"{span} perplexity {verb} ({size}{bounds})"
+        return (
+            f"{span} perplexity changes by {size}, and one document cannot tell whether that is"
+            " more than chance"
+        )
+    low, high = (expm1(end) for end in ends)
+    bounds = f"({size}, 95 %: {low:+.1%} to {high:+.1%})"
+    if max(abs(low), abs(high)) < _NO_CHANGE:
+        return f"{span} perplexity stays {bounds}"
+    if low <= 0 <= high:
+        return f"{span} no change that these documents can tell {bounds}"
+    return f"{span} perplexity {'falls' if change < 0 else 'rises'} {bounds}"
 
 
 def _perplexity_json(report: PerplexityReport) -> dict[str, object]:

@@ -175,21 +175,21 @@ def heat_map(chart: HeatMap, size: Size) -> str:
     high = min(22.0, max(8.0, (size.height - 90) / rows))
     whole = Size(size.width, int(top + high * rows + 44 + legend))
     parts = [_open(whole, chart.title)]
-    for r, row in enumerate(chart.values):
+    for r, row in enumerate(chart.shades):
         y = top + r * high
         parts.append(
             f'<text class="tick" x="{left - 6}" y="{y + high / 2 + 4:.1f}" text-anchor="end">'
             f"{escape(chart.rows[r])}</text>"
         )
-        for c, value in enumerate(row):
+        for c, shade in enumerate(row):
             x = left + c * wide
             cell = (
                 f'x="{x:.1f}" y="{y:.1f}" width="{max(1.0, wide - 1):.1f}" height="{high - 1:.1f}"'
             )
             title = f"<title>{escape(chart.texts[r][c])}</title>"
             parts.append(f'<rect class="empty" {cell}/>')
-            if value is not None:
-                parts.append(f'<rect class="heat" fill-opacity="{value:.3f}" {cell}>{title}</rect>')
+            if shade is not None:
+                parts.append(f'<rect class="heat" fill-opacity="{shade:.3f}" {cell}>{title}</rect>')
             if chart.crossed[r][c]:
                 parts.append(
                     f'<circle class="found" cx="{x + wide / 2 - 0.5:.1f}"'

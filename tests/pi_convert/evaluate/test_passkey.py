@@ -239,8 +239,29 @@ def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "2 distances x 1 trial (of 3 x 2 asked for)" in printed.err
     (one,) = found["models"]
     assert len(one["answers"]) == len(one["depths"]) == 2
+    # Torch alone ran: nothing of llama.cpp is on record.
+    assert not {"ubatch", "kv_cache_type"} & set(found["environment"])
     assert cli.run(["passkey", str(folder), "--max-context", "513"]) == 1
     assert "513 tokens are past the context" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [[], ["--budget", "0.00001"]])
+def test_a_context_with_few_lines_of_filler_says_so(
+    budget: list[str], folder: Path, model: Model, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = plan_passkey(model, 300, depths=32, trials=1).depths
+    assert 2 < lines < 32
+    words = ["--max-context", "300", "--depths", "32", "--trials", "1", "--threads", "1"]
+    assert cli.run(["passkey", str(folder), *words, *budget]) == 0
+    (cost,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("cost: "))
+    assert f"{2 if budget else lines} distances x 1 trial (of 32 x 1 asked for)" in cost
+    assert cost.endswith(
+        f"only {lines} of 32 distances exist at this context: the passkey moves by whole lines of"
+        " filler"
+    )
+    # Negative control: where all of them exist nothing is said.
+    assert cli.run(["passkey", str(folder), *words[:2], "--depths", "2", *words[4:]]) == 0
+    assert "exist at this context" not in capfd.readouterr().err
 
 
 def test_the_default_model_finds_it_as_greedy_decoding_does(default_gguf: Path) -> None:

@@ -261,6 +261,13 @@ def test_contexts_that_are_not_held_are_refused_before_work(
         (["--kv-cache-type", "q8_0"], "--kv-cache-type is of llama.cpp"),
         (["--no-flash-attention"], "--flash-attention is of llama.cpp"),
         (["--n-gpu-layers", "0"], "--n-gpu-layers is of llama.cpp"),
+        (["--ubatch", "64"], "--ubatch is of llama.cpp"),
+        # Values that are the defaults are given all the same.
+        (["--kv-cache-type", "f16"], "--kv-cache-type is of llama.cpp"),
+        (
+            ["--ubatch", "512", "--no-flash-attention"],
+            "--ubatch and --flash-attention are of llama.cpp",
+        ),
     ):
         assert cli.run(["perplexity", str(folder), *words]) == 2
         assert says in capfd.readouterr().err
@@ -282,6 +289,23 @@ def test_two_models_at_once_need_the_memory_of_both(
     assert (
         cli.run(["perplexity", *words, "--contexts", "64", "--stride", "32"]) == 0
     )  # one after the other
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(write_tiny(tmp_path / name / "Tuned", seed=i)) for i, name in enumerate("ab")]
+    words = ["--contexts", "64", "--stride", "8", "--max-windows", "2", "--threads", "1"]
+    assert cli.run(["perplexity", *paths, str(folder), *words]) == 0
+    printed = capfd.readouterr().out
+    for path in paths:
+        assert f"Tuned ({path}) in torch (L 128" in printed
+    assert f"against Tuned ({paths[0]}) in torch at 64 tokens" in printed
+    assert "\nTiny-Model in torch (L 128" in printed  # a name of its own stays
+    assert cli.run(["perplexity", paths[0], paths[0], *words, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)  # one model twice: there is nothing to tell apart
+    assert [model["model"] for model in found["models"]] == ["Tuned", "Tuned"]
+    assert found["environment"]["text"] == "Python documentation"
 
 
 def test_models_with_other_tokens_are_not_compared(

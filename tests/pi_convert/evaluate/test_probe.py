@@ -143,6 +143,7 @@ def test_random_weights_have_none(tmp_path: Path, capfd: pytest.CaptureFixture[s
         found = json.loads(capfd.readouterr().out)
         assert found["factor"] is None
         assert "no better than by chance" in found["reason"]
+        assert found["environment"]["text"] == "Python documentation"
 
 
 def run_of(count: int, number: int = 0) -> TokenStream:

@@ -28,7 +28,8 @@ CHART = LineChart(
 )
 MAP = HeatMap(
     "A map", "distance", "trial", ("100", "200"), ("1", "2"),
-    ((0.25, 1.0), (None, 0.0)), (("a", "b"), ("not run", "<d>")), ((False, True), (False, False)),
+    ((0.25, 1.0), (None, 0.0)), (("-8.63", "-0.50"), ("-", "-11.51")),
+    (("a", "b"), ("not run", "<d>")), ((False, True), (False, False)), "where it was found",
     ("chance", "certain"),
 )  # fmt: skip
 REPORT = Report(

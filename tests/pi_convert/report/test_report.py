@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -70,7 +71,8 @@ def test_the_page_needs_nothing_else() -> None:
 def test_the_verdict_comes_first_and_text_stays_text() -> None:
     page = Page(html_page(REPORT))
     assert page.text.index("It falls | as") < page.text.index("Charts")
-    for said in ("Perplexity of <model>", "<one> & other", "A paragraph.", "a|b", "3.11", "<d>"):
+    for said in ("Perplexity of <model>", "<one> & other", "A paragraph.", "a|b", "3.11", "<d>",
+                 "A map; a dot where it was found"):  # fmt: skip
         assert said in page.text
     classes = [attrs.get("class") or "" for _, attrs in page.tags]
     assert "verdict good" in classes
@@ -121,7 +123,9 @@ def test_markdown_says_the_same() -> None:
     assert text.startswith("# Perplexity of <model>\n\n**It falls")
     assert "| 512 | 12 | 40 |" in text
     assert "| a\\|b | 1 |" in text
-    assert "1\\*" in text  # found
+    assert "A map; \\* where it was found" in text
+    assert "| 1 | -8.63 | -0.50\\* |" in text  # values, not the colours' shades
+    assert "| 2 | - | -11.51 |" in text
     for line in re.findall(r"^\|.*\|$", text, re.MULTILINE):
         assert line.count("|") - line.count("\\|") >= 3
 
@@ -171,12 +175,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "shows"),
+    ("command", "words", "shows", "settings"),
     [
-        ("perplexity", ["--contexts", "64,256", "--stride", "32"], "from 64 to 256 tokens"),
-        ("perplexity", ["--contexts", "64", "--protocol", "llama.cpp"], "PPL = "),
-        ("compare", ["MODEL", "--scale", "4", "--context", "256"], "the same first token in"),
-        ("passkey", ["--max-context", "300", "--depths", "3", "--trials", "2"], "k_max none"),
+        (
+            "perplexity",
+            ["--contexts", "64,256", "--stride", "32"],
+            "from 64 to 256 tokens",
+            {"contexts": "64,256", "stride": "32", "max_windows": "16", "protocol": "paper"},
+        ),
+        (
+            "perplexity",
+            ["--contexts", "64", "--protocol", "llama.cpp"],
+            "PPL = ",
+            {"contexts": "64", "max_windows": "0", "protocol": "llama.cpp"},
+        ),
+        (
+            "compare",
+            ["MODEL", "--scale", "4", "--context", "256"],
+            "the same first token in",
+            {"context": "256", "documents": "8", "protocol": "documents", "scale": "4.0"},
+        ),
+        (
+            "passkey",
+            ["--max-context", "300", "--depths", "3", "--trials", "2"],
+            "k_max none",
+            {"max_context": "300", "depths": "3", "trials": "2", "seed": "0"},
+        ),
     ],
 )
 def test_every_measuring_command_writes_one(
@@ -184,6 +208,7 @@ def test_every_measuring_command_writes_one(
     command: str,
     words: list[str],
     shows: str,
+    settings: dict[str, str],
     model: Path,
     artifact: Path,
     text: list[str],
@@ -200,6 +225,14 @@ def test_every_measuring_command_writes_one(
     assert shows in page.text
     assert artifact.name in page.text
     assert "llama-cpp-python" in page.text
+    expected = settings | {"ubatch": "512", "kv_cache_type": "f16", "extrapolate": "False"}
+    if command != "passkey":
+        for number, word in enumerate(text, start=1):
+            path = Path(word.removeprefix("--text="))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            expected[f"text {number}"] = f"{path.name}, SHA-256 {digest}"
+    assert expected.items() <= printed["environment"].items()
+    assert all(value in page.text for value in expected.values())
     # A second run does no work before it is refused.
     assert cli.run([command, "missing.gguf", *words]) == 1
     assert "report.json exists" in capfd.readouterr().err
