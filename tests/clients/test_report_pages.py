@@ -41,7 +41,8 @@ parent.fetch('/out/answer.json', {method: 'POST', body: JSON.stringify({
   verdict: document.querySelector('.headline').textContent,
   first: document.querySelector('.verdict, svg, table').className,
   marks: [...new Set(seen('line.mark + text').map(e => e.textContent))],
-  lines: seen('polyline.line').length,
+  artifacts: seen('polyline.line').filter(e => !e.matches('.control')).length,
+  controls: seen('.legend li').filter(e => e.querySelector('.control')).map(e => e.textContent),
   cells: seen('rect.heat, rect.empty').filter(e => e.querySelector('title')).length,
 })});
 </script>"""
@@ -131,12 +132,15 @@ def made(what: str, folder: Path) -> tuple[str, dict[str, Any]]:
 
 # L is 128; --scale makes L' 1,024 and 256 of it.
 MARKS = {
-    "verify": ["L"],
+    "verify": ["L", "L'"],
     "perplexity": ["L", "L'"],
     "compare": ["L"],
     "passkey": ["L", "L'"],
     "finetune": [],
 }
+
+
+CONTROLS = ["factor dropped", "factor halved", "factor doubled", "theta / 10"]
 
 
 @pytest.mark.parametrize("what", MARKS)
@@ -152,9 +156,10 @@ def test_the_pages_of_commands_fit(browser: Chromium, what: str, tmp_path: Path)
         assert (luminance(seen["background"]) < 0.1) == dark
         assert contrast(seen["text"], seen["background"]) >= 7
         assert seen["marks"] == MARKS[what]
-        if what == "verify":  # KL by position: the artifact and its four wrong twins
+        if what == "verify":  # KL by position: the artifact and its wrong twins
             assert seen["verdict"].startswith("PROVEN")
-            assert seen["lines"] == 1 + 4
+            assert seen["artifacts"] == seen["charts"] >= 2  # one a window
+            assert {f"control: {name}" for name in CONTROLS} <= set(seen["controls"])
         if what == "passkey":
             (only,) = report["data"]["models"]
             assert seen["cells"] == sum(depth["trials"] for depth in only["depths"]) > 2
