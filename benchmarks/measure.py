@@ -68,10 +68,11 @@ def environment() -> dict[str, str]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
          if line.startswith("model name")), platform.processor(),
     )  # fmt: skip
+    cores = len(os.sched_getaffinity(0))
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": f"{cpu}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{cpu}, {cores} core{'s'[: cores != 1]}",
         **{name: version(name) for name in packages},
     }
 

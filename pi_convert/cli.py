@@ -149,9 +149,14 @@ def run(arguments: list[str]) -> int:
 
 
 def _about_texts(message: str, arguments: list[str]) -> str:
-    """A hint where `--text *.txt` has left a text to be taken for a model, else nothing."""
-    taken = "unexpected extra argument" in message or "neither a folder nor a .gguf" in message
-    return _ONE_TEXT if "--text" in arguments and taken else ""
+    """A hint where `--text *.txt` has left texts behind, one of them taken for a model."""
+    if "--text" not in arguments:
+        return ""
+    from pi_convert.evaluate.texts import TEXT_SUFFIXES
+
+    model, is_none, _ = message.partition(" is neither a folder nor")
+    taken = is_none and model.lower().endswith((*TEXT_SUFFIXES, ".jsonl", ".parquet"))
+    return _ONE_TEXT if taken or "unexpected extra argument" in message else ""
 
 
 def _failed(message: str, hint: str) -> int:

@@ -11,6 +11,7 @@ from pi_convert.report.document import HeatMap, Line, LineChart, Point
 
 SERIES = 8  # classes s0 to s7
 _TICKS = 5
+_DIGITS, _MOST_DIGITS = 3, 12  # of a tick's number
 _FEW_POINTS = 12
 _ASIDE = 5.0  # pixels
 _CHARACTER = 6.6  # width of a digit at 11 px
@@ -56,12 +57,16 @@ def line_chart(chart: LineChart, size: Size) -> str:
     marks = [x for x, _ in chart.marks]
     x_low, x_high = _padded([p.x for p in points] + marks, log=chart.log_x, share=0.04)
     y_ticks = _ticks(y_low, y_high, log=chart.log_y)
-    left = 14 + _CHARACTER * max(len(number(t)) for t in y_ticks)
+    y_labels = tick_labels(y_ticks)
+    left = 14 + _CHARACTER * max(len(label) for label in y_labels)
     x = _Axis(x_low, x_high, left, size.width - 14, chart.log_x)
     y = _Axis(y_low, y_high, size.height - 44, 24, chart.log_y)
     x_ticks = _x_ticks(chart, points, x, size)
     parts = [_open(size, chart.title)]
-    parts += [_grid(y(t), left, size.width - 14, number(t)) for t in y_ticks]
+    parts += [
+        _grid(y(t), left, size.width - 14, label)
+        for t, label in zip(y_ticks, y_labels, strict=True)
+    ]
     parts += [
         f'<text class="tick" x="{x(t):.1f}" y="{size.height - 26}" text-anchor="middle">'
         f"{number(t)}</text>"
@@ -234,10 +239,19 @@ def _scale(chart: HeatMap, left: float, y: float) -> list[str]:
     return parts
 
 
-def number(value: float) -> str:
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks as numbers, in as many digits as tell them apart."""
+    for digits in range(_DIGITS, _MOST_DIGITS):
+        labels = [number(tick, digits) for tick in ticks]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [number(tick, _MOST_DIGITS) for tick in ticks]
+
+
+def number(value: float, digits: int = _DIGITS) -> str:
     """A value for an axis: thousands separated, small ones in three digits."""
     if value == 0:
         return "0"
     if abs(value) >= 1000 or (float(value).is_integer() and abs(value) >= 1):
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"

@@ -182,6 +182,18 @@ def test_several_paths_behind_one_text_are_told_apart(
     )
 
 
+def test_a_model_that_is_no_text_keeps_its_own_hint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.pt"
+    model.write_text("weights")
+    assert cli.run(["perplexity", str(model), "--contexts", "32", "--text", str(model)]) == 1
+    said = capfd.readouterr().err
+    assert "neither a folder nor a .gguf file" in said
+    assert "hint: " in said
+    assert "Every --text" not in said
+
+
 def test_python_m_runs_it() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pi_convert", "--version"],

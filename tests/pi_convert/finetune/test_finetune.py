@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from converters.errors import ConvertError, OutputError
-from converters.rope import RopeParameters
 from converters.sources import open_checkpoint
 from converters.sources.huggingface import FINETUNE_RECORD
 from pi_convert.commands.export import command as export
@@ -31,12 +29,11 @@ from pi_convert.finetune.data import WindowDataset, open_store, windows
 from pi_convert.finetune.model import (
     load_model,
     merged_weights,
-    next_token_loss,
     require_frequencies,
     require_saved_frequencies,
 )
 from pi_convert.finetune.progress import Progress
-from pi_convert.finetune.recipe import Choices, Recipe, choose_recipe, position_buckets
+from pi_convert.finetune.recipe import Recipe
 from pi_convert.finetune.train import split_windows
 from pi_convert.report.finetune import LossPlot, write_loss_plot
 from tests.pi_convert.finetune.runs import (
@@ -358,98 +355,6 @@ def test_adapters_are_merged_as_peft_merges(model: Path) -> None:
         torch.testing.assert_close(merged[f"{name}.weight"], layer.base_layer.weight)
 
 
-class Sizes(TorchDispatchMode):
-    """Elements of the largest tensor that was made under it."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for value in made if isinstance(made, tuple) else (made,):
-            if isinstance(value, torch.Tensor):
-                self.largest = max(self.largest, value.numel())
-        return made
-
-
-def test_the_loss_makes_no_tensor_of_tokens_by_vocabulary() -> None:
-    tokens, vocabulary = 1024, 4096
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(tokens, 64, generator=generator, requires_grad=True)
-    weight = torch.randn(vocabulary, 64, generator=generator, requires_grad=True)
-    targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    with Sizes() as sizes:
-        loss = next_token_loss(states, weight, targets)
-        loss.backward()
-    assert sizes.largest < tokens * vocabulary
-    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    with Sizes() as sizes:  # the control: without options all logits are made
-        torch.nn.functional.linear_cross_entropy(states, weight, targets)
-    assert sizes.largest >= tokens * vocabulary
-
-
-def test_nor_do_the_whole_models_passes(tmp_path: Path) -> None:
-    tokens, vocabulary = 1024, 8192
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=tokens,
-    )  # fmt: skip
-    plain = LlamaForCausalLM(config)
-    plain.save_pretrained(tmp_path)
-    rope = RopeParameters(10000.0, 16, original_context=tokens, context=tokens)
-    model = load_model(tmp_path, rope, Recipe("quick", 1, tokens, 1, 1, 1e-5))
-    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    with Sizes() as trained:
-        loss = model(input_ids=ids)["loss"]
-        loss.backward()
-    with Sizes() as held_out, torch.no_grad():
-        losses = model(input_ids=ids, per_token=True)["loss"]
-    assert max(trained.largest, held_out.largest) < (tokens - 1) * vocabulary
-    with Sizes() as control, torch.no_grad():
-        expected = plain(input_ids=ids, labels=ids).loss
-    assert control.largest >= (tokens - 1) * vocabulary
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def many_states() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(states, weight, targets) of 32 chunks of the loss."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(32 * 512, 32, generator=generator)
-    weight = torch.randn(1024, 32, generator=generator)
-    return states, weight, torch.randint(1024, (len(states),), generator=generator)
-
-
-def test_the_loss_in_bfloat16_training_is_of_float32() -> None:
-    """The control: in bfloat16 torch sums the chunks' losses in bfloat16."""
-    states, weight, targets = many_states()
-    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets).item()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = next_token_loss(states, weight, targets)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(expected, rel=1e-5)
-    rounded = torch.nn.functional.linear_cross_entropy(
-        states.bfloat16(),
-        weight.bfloat16(),
-        targets,
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512),
-    )
-    assert rounded.item() != pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.gpu
-def test_the_loss_on_a_gpu_is_that_of_the_cpu_and_leaves_float32_as_it_was() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    states, weight, targets = many_states()
-    expected = torch.nn.functional.cross_entropy(states @ weight.T, targets).item()
-    before = torch.backends.cuda.matmul.fp32_precision
-    with torch.autocast("cuda", torch.bfloat16):
-        found = next_token_loss(states.cuda(), weight.cuda(), targets.cuda())
-    assert found.item() == pytest.approx(expected, rel=1e-3)
-    assert torch.backends.cuda.matmul.fp32_precision == before
-
-
 def test_frequencies_of_another_factor_are_refused(whole: Path) -> None:
     rope = open_checkpoint(str(whole)).rope
     recipe = Recipe("quick", 2, 64, 1, 1, 1e-5)
@@ -498,37 +403,6 @@ def test_verify_takes_what_export_makes_of_it_with_no_flag(whole: Path, tmp_path
     proven = CliRunner().invoke(verify, [str(file), "--against", str(whole), "--threads", "1"])
     assert proven.exit_code == 0, proven.output
     assert "PROVEN" in proven.output
-
-
-ROPE = RopeParameters(10000.0, 64, original_context=2048, context=8192, factor=4.0)
-
-
-def test_the_papers_numbers() -> None:
-    recipe = choose_recipe("paper", 4, ROPE, 7_000_000_000, Choices())
-    assert (recipe.steps, recipe.global_batch, recipe.window) == (1000, 64, 8192)
-    assert (recipe.betas, recipe.weight_decay, recipe.learning_rate) == ((0.9, 0.95), 0.0, 2e-5)
-    assert recipe.rate_share(0) == pytest.approx(0.1)
-    assert recipe.rate_share(10) == pytest.approx(0.55)
-    assert recipe.rate_share(20) == recipe.rate_share(999) == 1.0
-    assert choose_recipe("paper", 4, ROPE, 33_000_000_000, Choices()).learning_rate == 1e-5
-
-
-# Of 2,049 tokens the last stands past L, and is only predicted.
-@pytest.mark.parametrize(("window", "said"), [(2049, "no position past L"), (8193, "longer than")])
-def test_windows_that_make_no_sense_are_refused(window: int, said: str) -> None:
-    with pytest.raises(ConvertError, match=said):
-        choose_recipe("quick", 4, ROPE, 1, Choices(window=window))
-
-
-def test_a_short_window_is_recorded_and_trains_nothing_past_it() -> None:
-    choices = Choices(window=1024, steps=10, global_batch=2, allow_short_window=True)
-    recipe = choose_recipe("quick", 4, ROPE, 1, choices)
-    assert recipe.allow_short_window
-    assert position_buckets(recipe, ROPE) == [
-        (0, 2048, 20 * 1023),
-        (2048, 4096, 0),
-        (4096, 8192, 0),
-    ]
 
 
 def test_no_steps_is_wrong_usage(model: Path, text: Path, tmp_path: Path) -> None:

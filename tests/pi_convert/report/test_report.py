@@ -20,7 +20,7 @@ from pi_convert.report.folder import FILES, require_writable, write_report
 from pi_convert.report.html import html_page
 from pi_convert.report.junit import junit_xml
 from pi_convert.report.markdown import markdown
-from pi_convert.report.svg import NARROW, WIDE, line_chart, number
+from pi_convert.report.svg import NARROW, WIDE, line_chart, number, tick_labels
 from tests.pi_convert.report.pages import REPORT
 from tests.tiny import write_tiny
 
@@ -116,6 +116,16 @@ def test_numbers_on_axes() -> None:
     assert [number(v) for v in (0, 1024, 12.0, 0.25, 5 * 10.0**-6, 1.25e-5)] == [
         "0", "1,024", "12", "0.25", "5e-06", "1.25e-05",
     ]  # fmt: skip
+
+
+def test_ticks_have_the_digits_that_tell_them_apart() -> None:
+    assert tick_labels([6.246, 6.248, 6.25]) == ["6.246", "6.248", "6.25"]
+    assert tick_labels([0.1, 0.30000000000000004, 0.5]) == ["0.1", "0.3", "0.5"]
+    narrow = Line("loss", (Point(1, 6.2461), Point(2, 6.2474), Point(3, 6.2489)))
+    drawing = line_chart(LineChart("c", "x", "y", (narrow,)), WIDE)
+    ticks = re.findall(r'text-anchor="end">([\d.]+)<', drawing)
+    assert len(ticks) > 2
+    assert len(set(ticks)) == len(ticks)
 
 
 def test_markdown_says_the_same() -> None:
