@@ -32,7 +32,7 @@ from converters.targets.huggingface import files_beside_tensors, write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
 from pi_convert.finetune.documents import documents, fingerprint, text_files
-from pi_convert.finetune.memory import return_large_blocks
+from pi_convert.finetune.memory import return_freed_memory
 from pi_convert.finetune.processes import all_ready, leave_together
 from pi_convert.finetune.recipe import Recipe, run_record
 
@@ -94,8 +94,6 @@ def finetune(
     from pi_convert.finetune.progress import LOG_NAME, Progress, Told
 
     _no_bars()
-    if request.device == "cpu":
-        return_large_blocks()
     run = request.out / RUN
     arguments = train.training_arguments(
         run / checkpoints.CHECKPOINTS,
@@ -115,6 +113,8 @@ def finetune(
     corpus = train.Corpus(store, windows(store, request.recipe.window))
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
+    if request.device == "cpu":
+        return_freed_memory(model.model.layers)
     progress = Progress(
         request.recipe,
         rope.original_context,
