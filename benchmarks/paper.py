@@ -81,10 +81,11 @@ ARMS = (
     Arm("PI x6", scale=6, context=6 * L, kept=(200,)),
 )
 PROBED = ("PI x3", "PI x4.5", "PI x6")
+TAUGHT_LONG = 0, 200, 1000
 TAUGHT = (
     Arm("taught PI x2", scale=2, context=2 * L, kept=(0, 200), is_taught=True),
-    Arm("taught PI x4", scale=4, context=4 * L, kept=(0, 200), is_taught=True),
-    Arm("taught PI x8", scale=8, context=8 * L, kept=(0, 200), is_taught=True),
+    Arm("taught PI x4", scale=4, context=4 * L, kept=TAUGHT_LONG, is_taught=True),
+    Arm("taught PI x8", scale=8, context=8 * L, kept=TAUGHT_LONG, is_taught=True),
     Arm("taught direct", context=8 * L, kept=(0, 200), is_taught=True),
 )
 
@@ -120,7 +121,7 @@ QUICK = Plan(
     teaching_steps=2,
     arms=tuple(replace(arm, kept=tuple(range(len(arm.kept)))) if len(arm.kept) > 1
                else replace(arm, kept=(1,)) for arm in ARMS),
-    taught=tuple(replace(arm, kept=(0, 1)) for arm in TAUGHT),
+    taught=tuple(replace(arm, kept=tuple(range(len(arm.kept)))) for arm in TAUGHT),
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Every claim is held against the numbers: shown, or refuted with what was found i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +73,13 @@ class Measured:
     def last(self, arm: str) -> int:
         return self.steps(arm)[-1]
 
-    def taught(self, arm: str) -> Document:
-        """Passkeys of an arm that started from the taught base, at its last step."""
-        last = max(step for name, step in self.passkey if name == f"taught {arm}")
-        return self.passkey[f"taught {arm}", last]
+    def taught(self, arm: str) -> dict[int, Document]:
+        """Passkeys of an arm that started from the taught base, by the step it was trained to."""
+        return {
+            step: row
+            for (name, step), row in self.passkey.items()
+            if name == f"taught {arm}" and step > 0
+        }
 
     def recovered(self, arm: str) -> int:
         """The step that stands for the paper's 200."""
@@ -128,7 +131,6 @@ def claims(found: Measured) -> list[str]:
     control = found.perplexity["trained on", found.last("trained on")]
     growth = found.growth[pi, last][far]["nll_change"]
     factors = [arm for arm in ("PI x2", "PI x4", pi) if (arm, 0) in found.perplexity]
-    reach = {arm: found.taught(arm)["k_max"] for arm in ("direct", *factors)}
     pairs = found.paired
     kept = [(pairs[f"kept {which}"], base[L]) for which in ("short", "last")]
     beside = [
@@ -180,28 +182,38 @@ def claims(found: Measured) -> list[str]:
             f"trained on with as many tokens on windows of L: {control[far]} at 8 L, {pi}"
             f" {long[far]}",
         ),
-        *(
-            _claim(
-                f"{arm} finds passkeys as far as its window reaches after {short} steps",
-                reach[arm] == _farthest(found.taught(arm)),
-                f"k_max {reach[arm]:,} of {_farthest(found.taught(arm)):,},"
-                f" {_found_of(found.taught(arm))} found",
-            )
-            for arm in factors
-        ),
-        _claim(
-            f"Direct fine-tuning reaches less far in {short} steps (passkey)",
-            reach["direct"] < reach[pi] if reach["direct"] or reach[pi] else None,
-            "k_max "
-            + ", ".join(f"{arm} {k:,}" for arm, k in reach.items())
-            + f"; at L the base finds {_found_of(found.passkey['taught', 0])}",
-        ),
+        *_passkey_claims(found, factors),
         _claim(
             f"Direct fine-tuning is worse at 8 L after {short} steps (perplexity)",
             _not(_at_most(pairs["direct"], 0)),
             f"direct {direct[far]}, {pi} {tuned[far]}: {_change(pairs['direct'])}",
         ),
     ]
+
+
+def _passkey_claims(found: Measured, factors: list[str]) -> Iterator[str]:
+    """At every step that was measured: how far each factor reaches, and direct fine-tuning."""
+    for arm in factors:
+        for step, row in found.taught(arm).items():
+            farthest = max(depth["distance"] for depth in row["depths"])
+            yield _claim(
+                f"{arm} finds passkeys as far as its window reaches after {step:,} steps",
+                row["k_max"] == farthest,
+                f"k_max {row['k_max']:,} of {farthest:,}, {_found_of(row)} found",
+            )
+    base = _found_of(found.passkey["taught", 0])
+    for step, direct in found.taught("direct").items():
+        reach = {
+            arm: found.taught(arm)[step]["k_max"] for arm in factors if step in found.taught(arm)
+        }
+        longest = reach[factors[-1]]
+        yield _claim(
+            f"Direct fine-tuning reaches less far in {step:,} steps (passkey)",
+            direct["k_max"] < longest if direct["k_max"] or longest else None,
+            f"k_max {direct['k_max']:,}, "
+            + ", ".join(f"{arm} {k:,}" for arm, k in reach.items())
+            + f"; at L the base finds {base}",
+        )
 
 
 def _claim(what: str, holds: bool | None, numbers: str) -> str:
@@ -309,10 +321,6 @@ def _table_4(document: Document, found: Measured) -> list[str]:
         "The paper's, at 200 steps: PI reaches its window at every factor; direct fine-tuning to"
         " 8,192 reaches 1,792 (and 2,560 after 10,000 steps).",
     ]
-
-
-def _farthest(row: Document) -> int:
-    return max(depth["distance"] for depth in row["depths"])
 
 
 def _found_of(row: Document) -> str:
