@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -266,7 +267,7 @@ def trained(bench: Bench, arm: Arm, source: Path, step_tokens: int, out: Path) -
         recipe=recipe,
         texts=bench.texts(arm),
         out=out,
-        schedule=Schedule(save_every=min(50, arm.steps), eval_every=0),
+        schedule=Schedule(save_every=math.gcd(50, *arm.kept), eval_every=0),
         passes=Passes(windows=max(1, PASS_TOKENS // arm.context), recompute=False),
         resume=(out / "run").is_dir(),
     )
