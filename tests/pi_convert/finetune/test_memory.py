@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch.nn import ModuleList
+
+from pi_convert.finetune import run
+from tests.pi_convert.finetune.runs import finetuned
 
 # A block is kept above the freed one, so that the heap's end cannot move down past it.
 SCRIPT = """
@@ -50,3 +56,15 @@ def test_what_a_layer_freed_goes_back(how: str, freed: int, returned: bool) -> N
         [sys.executable, "-c", SCRIPT, how, str(freed)], check=True, capture_output=True, text=True
     )
     assert done.stdout == f"{returned}\n"
+
+
+@pytest.mark.parametrize("preset", ["quick", "lora"])
+def test_a_run_on_a_cpu_looks_after_every_layer(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    looked_after: list[ModuleList] = []
+    monkeypatch.setattr(run, "return_freed_memory", looked_after.append)
+    finetuned(model, text, tmp_path / "out", "--preset", preset, steps=1)
+    (blocks,) = looked_after
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    assert [type(block).__name__ for block in blocks] == ["LlamaDecoderLayer"] * layers
