@@ -24,7 +24,8 @@ def environment(runtimes: Iterable[str], settings: dict[str, object]) -> dict[st
     return {
         "pi-convert": importlib.metadata.version("pi-convert"),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {cores()} cores",
+        "machine": platform.machine(),
+        "cores": str(cores()),
         **{name: importlib.metadata.version(name) for name in sorted({*packages, "numpy"})},
         **{key: str(value) for key, value in settings.items() if value is not None},
     }
