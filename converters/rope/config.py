@@ -51,7 +51,8 @@ class RopeContext:
     rotary_dim: int
     default_theta: float | None = None  # the architecture's own, where a config may leave it out
     model_max_length: int | None = None  # tokenizer_config.json's
-    original_context: int | None = None  # --original-context
+    original_context: int | None = None  # L as somebody knows it who is to be believed
+    original_context_key: str = "--original-context"  # who that is
 
 
 def read_config(config: Mapping[str, object], about: RopeContext) -> RopeParameters:
@@ -323,6 +324,7 @@ def _claims(
         hint=hint,
         hint_key=hint_key,
         override=about.original_context,
+        override_key=about.original_context_key,
     )
 
 
@@ -371,6 +373,7 @@ def _recorded_claims(
         original=original[0],
         original_key=original[1],
         override=about.original_context,
+        override_key=about.original_context_key,
     )
 
 

@@ -31,7 +31,8 @@ class ContextClaims:
     original_key: str = ""
     hint: int | None = None  # max_sequence_length or model_max_length
     hint_key: str = ""
-    override: int | None = None  # --original-context
+    override: int | None = None
+    override_key: str = "--original-context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
     """
     _refuse_beyond_positions(claims, factor, where)
     if claims.override is not None:
-        return _from_original(claims, claims.override, "--original-context", factor, where)
+        return _from_original(claims, claims.override, claims.override_key, factor, where)
     if factor == 1.0:
         return _unscaled(claims)
     if claims.original is not None:
@@ -95,7 +96,7 @@ def resolve_contexts(claims: ContextClaims, factor: float, where: str) -> Contex
 def _refuse_beyond_positions(claims: ContextClaims, factor: float, where: str) -> None:
     stated = {
         claims.max_position_key: claims.max_position,
-        "--original-context": claims.override or 1,
+        claims.override_key: claims.override or 1,
         "the factor": factor,
     }
     for key, value in stated.items():

@@ -80,7 +80,7 @@ def _open_at(
         on_hub = None if _exists(Path(reference)) else revision
         return _open(reference, on_hub, original_context, (*adapters, place))
 
-    return open_adapter(origin, open_base)
+    return open_adapter(origin, open_base, original_context=original_context)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -58,12 +58,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
-def open_adapter(origin: Origin, open_base: OpenBase) -> Checkpoint:
+def open_adapter(
+    origin: Origin, open_base: OpenBase, *, original_context: int | None = None
+) -> Checkpoint:
     """The base that the adapter at ``origin`` names with the adapter merged into it.
 
-    Its RoPE is the base's, or what a config.json beside the adapter says. Raises ``SourceError`` or
-    one of its kinds where the adapter is not whole or does not fit its base, ``UnsupportedError``
-    for adapters that are merged otherwise.
+    Its RoPE is the base's, or what a config.json beside the adapter says; ``original_context`` is L
+    in tokens where the caller knows it. Raises ``SourceError`` or one of its kinds where the
+    adapter is not whole or does not fit its base, ``UnsupportedError`` for adapters that are merged
+    otherwise.
     """
     folder = origin.path
     where = folder / ADAPTER_CONFIG
@@ -84,7 +87,7 @@ def open_adapter(origin: Origin, open_base: OpenBase) -> Checkpoint:
         base,
         origin=dataclasses.replace(origin, kind=KIND),
         hparams=hparams,
-        rope=_rope(folder, base),
+        rope=_rope(folder, base, original_context),
         tensors=tensors,
         vocabulary=vocabulary,
         card=dataclasses.replace(base.card, name=name),
@@ -272,8 +275,11 @@ def encode_float(values: Floats, encoding: Encoding) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(values, dtype=dtype).view(np.uint8)
 
 
-def _rope(folder: Path, base: Checkpoint) -> RopeParameters:
-    """What a config.json beside the adapter says, held against the base; else the base's."""
+def _rope(folder: Path, base: Checkpoint, original_context: int | None) -> RopeParameters:
+    """What a config.json beside the adapter says, held against the base; else the base's.
+
+    L is the base's wherever that config leaves it to be assumed.
+    """
     path = folder / CONFIG
     if not path.is_file():
         return base.rope
@@ -281,8 +287,10 @@ def _rope(folder: Path, base: Checkpoint) -> RopeParameters:
         where=str(path),
         rotary_dim=base.rope.rotary_dim,
         default_theta=base.architecture.default_theta,
+        original_context=original_context,
     )
-    own = read_config(read_json_object(path), about)
+    config = read_json_object(path)
+    own = read_config(config, about)
     if (own.theta, own.llama3) != (base.rope.theta, base.rope.llama3):
         raise RopeError(
             f"{path}: theta {own.theta:g} and {own.kind} RoPE, the base has {base.rope.theta:g} and"
@@ -294,4 +302,22 @@ def _rope(folder: Path, base: Checkpoint) -> RopeParameters:
             f"{path}: factor {own.factor:g}, the base has {base.rope.factor:g}",
             hint="State one factor in both.",
         )
+    if own.factor == 1.0 or original_context is not None or _is_assumed(base.rope):
+        return own
+    if _is_assumed(own):
+        known = base.rope.original_context
+        key = f"the base's L ({base.origin.label})"
+        about = dataclasses.replace(about, original_context=known, original_context_key=key)
+        return read_config(config, about)
+    if own.original_context != base.rope.original_context:
+        raise RopeError(
+            f"{path}: L is {own.original_context:,} tokens, the base's is"
+            f" {base.rope.original_context:,}",
+            hint="Correct one of them, or give --original-context N if you know it.",
+        )
     return own
+
+
+def _is_assumed(rope: RopeParameters) -> bool:
+    """Whether L was told from L' and the factor alone."""
+    return any(one.name == "L" and one.assumed for one in rope.evidence)

@@ -225,13 +225,61 @@ def test_a_recorded_factor_is_used_and_does_not_compose(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["rope_scaling"] = {"type": "linear", "factor": 4.0}
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(str(tmp_path / "tuned")).rope.factor == 4
+    rope = open_checkpoint(str(tmp_path / "tuned")).rope
+    assert (rope.factor, rope.original_context, rope.context) == (4, 128, 4 * 128)
     assert run(tmp_path / "tuned", "--out", tmp_path / "out").exit_code == 0
     again = run(tmp_path / "tuned", "--out", tmp_path / "out2", "--scale", 4)
     assert isinstance(again.exception, RopeError)
     config["rope_theta"] = 5000.0
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RopeError, match="theta 5000"):
+        open_checkpoint(str(tmp_path / "tuned"))
+
+
+# (max_position_embeddings of 128 or of 4 x 128, original_max_position_embeddings,
+# --original-context): (L, L')
+LENGTHS: list[tuple[int, int | None, int | None, tuple[int, int]]] = [
+    (128, None, None, (128, 512)),  # L as the base has it, not 128 / 4
+    (512, None, None, (128, 512)),
+    (256, None, None, (128, 256)),  # less than L x 4 is claimed
+    (512, 128, None, (128, 512)),
+    (128, None, 128, (128, 512)),
+    (512, None, 256, (256, 512)),  # somebody who knows is believed
+    (512, 256, 256, (256, 512)),
+]
+
+
+@pytest.mark.parametrize(("max_position", "original", "known", "expected"), LENGTHS)
+def test_l_of_an_adapter_is_that_of_its_base(
+    tmp_path: Path,
+    max_position: int,
+    original: int | None,
+    known: int | None,
+    expected: tuple[int, int],
+) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    config["max_position_embeddings"] = max_position
+    if original is not None:
+        config["original_max_position_embeddings"] = original
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    rope = open_checkpoint(str(tmp_path / "tuned"), original_context=known).rope
+    assert (rope.original_context, rope.context) == expected
+
+
+def test_an_l_that_is_not_the_bases_is_refused(tmp_path: Path) -> None:
+    adapter(write_tiny(tmp_path / "base"), tmp_path / "tuned")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    config |= {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    path = tmp_path / "tuned" / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(RopeError, match="L is 256 tokens, the base's is 128"):
+        open_checkpoint(str(tmp_path / "tuned"))
+    del config["original_max_position_embeddings"]  # past what the base has at this factor
+    path.write_text(json.dumps(config))
+    with pytest.raises(RopeError, match=r"1024, but the base's L \(base\) 128 with factor 4"):
         open_checkpoint(str(tmp_path / "tuned"))
 
 
