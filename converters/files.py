@@ -79,6 +79,18 @@ def require_free_space(folder: Path, size_bytes: int) -> None:
         )
 
 
+def require_makable(folder: Path) -> None:
+    """Raises ``OutputError`` unless ``folder`` is one to write to, or can be made where it lies."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    start = "" if there == folder.absolute() else f"{folder}: "
+    if not there.is_dir():
+        raise OutputError(f"{start}{there} is no folder", hint=_OTHER_OUT)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{start}{there} is not writable", hint=_OTHER_OUT)
+
+
 def _nearest_folder(path: Path) -> Path:
     """``path`` or the nearest folder above it that exists."""
     path = path.absolute()

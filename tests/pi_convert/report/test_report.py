@@ -246,6 +246,13 @@ def test_every_measuring_command_writes_one(
     # A second run does no work before it is refused.
     assert cli.run([command, "missing.gguf", *words]) == 1
     assert "report.json exists" in capfd.readouterr().err
+    # Nor does one whose report has no place.
+    file = tmp_path / "r" / "report.md"
+    for place in (file, file / "below"):
+        assert cli.run([command, "missing.gguf", *words, "--report", str(place)]) == 1
+        said = capfd.readouterr().err
+        assert f"{file} is no folder" in said
+        assert "Give another --report." in said
 
 
 def test_verify_writes_one_with_its_controls_by_position(
