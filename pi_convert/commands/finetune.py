@@ -23,7 +23,7 @@ from pi_convert.report.console import size, tell_line
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
-    from pi_convert.finetune.progress import Estimate, Schedule, StepReport
+    from pi_convert.finetune.progress import CorpusSize, Estimate, Rough, Schedule, StepReport
     from pi_convert.finetune.run import Finetuned, FinetuneRequest
 
 PRESETS = ("paper", "lora", "quick")
@@ -195,17 +195,10 @@ def command(
 
 def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     """The run that the flags of ``command`` ask for, told on stderr."""
+    from pi_convert.finetune.documents import passed_over, text_files
     from pi_convert.finetune.recipe import Choices, choose_recipe
-    from pi_convert.finetune.run import FinetuneRequest, finetune, require_libraries
+    from pi_convert.finetune.run import FinetuneRequest, finetune, require_libraries, require_own
     from pi_convert.report.console import progress
-
-    require_libraries(flags["device"])
-    if flags["threads"] is not None:
-        from pi_convert.runtimes.pytorch import limit_threads
-
-        limit_threads(flags["threads"])
-    from pi_convert.finetune.progress import Schedule, Told
-    from pi_convert.finetune.train import Passes
 
     target = source.interpolate(scale)
     names = ("steps", "window", "global_batch", "learning_rate", "seed", "allow_short_window")
@@ -216,11 +209,23 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
         source.parameters,
         Choices(**{name: flags[name] for name in names}),
     )
+    out = flags["out"] or default_folder(source, scale)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # what is cheap to tell comes first
+        require_own(out, recipe, resume=flags["resume"])
+        text_files(flags["texts"], out)
+    require_libraries(flags["device"])
+    if flags["threads"] is not None:
+        from pi_convert.runtimes.pytorch import limit_threads
+
+        limit_threads(flags["threads"])
+    from pi_convert.finetune.progress import Schedule, Told
+    from pi_convert.finetune.train import Passes
+
     request = FinetuneRequest(
         source=source,
         recipe=recipe,
         texts=flags["texts"],
-        out=flags["out"] or default_folder(source, scale),
+        out=out,
         schedule=Schedule(flags["save_every"], flags["eval_every"]),
         passes=Passes(flags["micro_batch"], recompute=not flags["no_gradient_checkpointing"]),
         device=flags["device"],
@@ -231,6 +236,8 @@ def run_finetune(source: Checkpoint, scale: float, **flags: Any) -> Finetuned:
     try:
         with progress() as tell:
             told = Told(
+                corpus=lambda size: _corpus(size, recipe.window, passed_over(flags["texts"], out)),
+                rough=_rough,
                 before=_before,
                 estimate=_Estimated(request.schedule),
                 stopping=_stopping,
@@ -346,6 +353,28 @@ def _resumed(step: int, steps: int) -> None:
         tell_line(f"going on after step {step:,} of {steps:,}")
     else:
         tell_line("no checkpoint yet: the run starts at its first step")
+
+
+def _corpus(size: CorpusSize, window: int, others: list[Path]) -> None:
+    each = f"{size.times:,.1f}".removesuffix(".0")
+    often = f"each is trained {each} times" if size.times > 1 else f"{size.times:.0%} are trained"
+    held = f", and {size.held_out} held out" if size.held_out else ""
+    tell_line(
+        f"text: {size.tokens:,} tokens; {size.windows:,} window{'s'[: size.windows != 1]} of"
+        f" {window:,} to train on{held}; {often}"
+    )
+    if others:
+        named = ", ".join(path.name for path in others[:3])
+        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+        tell_line(f"in the folders, not read as text: {named}{more}")
+
+
+def _rough(found: Rough) -> None:
+    short, long = found.lengths
+    tell_line(
+        f"roughly, from passes of {short:,} and {long:,} tokens: {_duration(found.pass_seconds)} a"
+        f" pass, {_duration(found.seconds)} in all; the first pass tells more"
+    )
 
 
 def _before(below: float, past: float | None) -> None:

@@ -45,7 +45,8 @@ def read_documents(paths: Sequence[Path]) -> tuple[Document, ...]:
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"{path} is no UTF-8 text: {error}",
-                hint=f"Convert it first: iconv -t utf-8 {shlex.quote(str(path))} > text.txt",
+                hint="Give text files. If it is Latin-1, say, convert it first:"
+                f" iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > text.txt",
             ) from error
         if "\0" in text:
             raise SourceError(f"{path} is a binary file", hint="Give text files.")

@@ -18,7 +18,8 @@ from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
 from pi_convert.evaluate.texts import TEXT_SUFFIXES
 
 TEXT_KEY = "text"
-_TABLE_SUFFIXES = (".jsonl", ".parquet")
+_READ_TABLES = (".jsonl", ".parquet")
+_OTHER_TABLES = (".json", ".csv", ".tsv")
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 256
 
@@ -41,7 +42,7 @@ def text_files(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
                 f"{path} is neither a file nor a folder",
                 hint="The text is read more than once: write it to a file first.",
             )
-        inside = _inside(path, {out.resolve()} if out else set())
+        inside = [file for file in _inside(path, _unseen(out)) if _is_text(file)]
         if not inside:
             raise SourceError(
                 f"{path}: no text in it",
@@ -54,8 +55,19 @@ def text_files(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
     return found
 
 
+def passed_over(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Files in the folders among ``paths`` that ``text_files`` leaves out for their names."""
+    folders = [path for path in paths if path.is_dir() and not _is_dataset(path)]
+    inside = [file for folder in folders for file in _inside(folder, _unseen(out))]
+    return [file for file in inside if not _is_text(file)]
+
+
+def _unseen(out: Path | None) -> set[Path]:
+    return {out.resolve()} if out else set()
+
+
 def _inside(folder: Path, seen: set[Path]) -> list[Path]:
-    """Text files and ``datasets`` folders, at any depth, in order; ``seen`` are not walked."""
+    """Files and ``datasets`` folders, at any depth, in order; ``seen`` are not walked."""
     if folder.resolve() in seen or _is_run(folder):
         return []
     seen.add(folder.resolve())
@@ -63,7 +75,7 @@ def _inside(folder: Path, seen: set[Path]) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             found += [path] if _is_dataset(path) else _inside(path, seen)
-        elif path.is_file() and _is_named_text(path):
+        elif path.is_file():
             found.append(path)
     return found
 
@@ -103,6 +115,11 @@ def _read(file: Path) -> Iterator[str]:
         return _read_parquet(file)
     if file.suffix.lower() == ".jsonl":
         return _read_jsonl(file)
+    if file.suffix.lower() in _OTHER_TABLES:
+        raise SourceError(
+            f"{file} is a table, which would be read as one text",
+            hint=f'Write it as JSONL, a line such as {{"{TEXT_KEY}": "..."}} for each text.',
+        )
     return iter([_text(file)])
 
 
@@ -217,8 +234,9 @@ def _is_run(folder: Path) -> bool:
     return (folder / RUN / RECIPE).is_file() or (folder / FINETUNE_RECORD).is_file()
 
 
-def _is_named_text(path: Path) -> bool:
-    return path.suffix.lower() in (*TEXT_SUFFIXES, *_TABLE_SUFFIXES)
+def _is_text(path: Path) -> bool:
+    """Whether it has the name of a text, or is a ``datasets`` folder."""
+    return path.is_dir() or path.suffix.lower() in (*TEXT_SUFFIXES, *_READ_TABLES)
 
 
 def _not_installed(error: ImportError) -> EnvironmentNotReadyError:

@@ -56,6 +56,25 @@ class Estimate:
     evaluations: int  # of them that are ahead
 
 
+@dataclass(frozen=True, slots=True)
+class CorpusSize:
+    """The text as it is trained."""
+
+    tokens: int
+    windows: int  # to train on
+    held_out: int
+    times: float  # that each is trained in the whole run
+
+
+@dataclass(frozen=True, slots=True)
+class Rough:
+    """What is ahead where even one pass takes minutes: told from shorter ones before it."""
+
+    lengths: tuple[int, int]  # tokens of the passes that were measured
+    pass_seconds: float
+    seconds: float
+
+
 Report = Callable[[StepReport], None]
 
 
@@ -63,6 +82,8 @@ Report = Callable[[StepReport], None]
 class Told:
     """What is told beside the steps."""
 
+    corpus: Callable[[CorpusSize], None] = lambda _: None
+    rough: Callable[[Rough], None] = lambda _: None
     before: Callable[[float, float | None], None] = lambda *_: None  # perplexities below, past L
     estimate: Callable[[Estimate], None] = lambda _: None
     stopping: Callable[[], None] = lambda: None  # at a Ctrl-C, while the step goes on to its end
@@ -103,32 +124,46 @@ class Progress(transformers.TrainerCallback):  # type: ignore[misc]
         weight has moved yet.
         """
         arguments, state = trainer.args, trainer.state
-        held_out = 0 if self._held_out is None else len(self._held_out)
-        window = seconds / arguments.per_device_train_batch_size
-        self._evaluation = _FORWARD_SHARE * window * held_out
         if state.is_world_process_zero:
-            self._estimate(trainer, seconds, held_out)
+            self._estimate(trainer, seconds)
+        self._evaluation = self._evaluation_seconds(trainer, seconds)
         if state.global_step == 0 and self._evaluates:
             below, past = self._perplexities(arguments.device, state.is_world_process_zero)
             if state.is_world_process_zero and below is not None:
                 self._append({"step": 0, "tokens": 0, **_held_out(below, past)})
                 self.told.before(below, past)
 
-    def _estimate(self, trainer: Any, seconds: float, held_out: int) -> None:
+    def roughly(self, trainer: Any, lengths: tuple[int, int], seconds: float) -> None:
+        """Tells what the run will take, as far as passes of ``lengths`` tokens tell it."""
+        passes, evaluations = self._ahead(trainer)
+        evaluation = self._evaluation_seconds(trainer, seconds)
+        self.told.rough(Rough(lengths, seconds, seconds * passes + evaluation * evaluations))
+
+    def _evaluation_seconds(self, trainer: Any, pass_seconds: float) -> float:
+        held_out = 0 if self._held_out is None else len(self._held_out)
+        window: float = pass_seconds / trainer.args.per_device_train_batch_size
+        return _FORWARD_SHARE * window * held_out
+
+    def _ahead(self, trainer: Any) -> tuple[int, int]:
+        """(passes, evaluations)."""
         arguments, step = trainer.args, trainer.state.global_step
         passes = (arguments.max_steps - step) * arguments.gradient_accumulation_steps
         evaluations = self._evaluations_after(step, arguments.max_steps)
-        if step == 0 and self._evaluates:
-            evaluations += 1
+        return passes, evaluations + (step == 0 and self._evaluates)
+
+    def _estimate(self, trainer: Any, seconds: float) -> None:
+        arguments, step = trainer.args, trainer.state.global_step
+        passes, evaluations = self._ahead(trainer)
         if passes + evaluations < 2:
             return
+        evaluation = self._evaluation_seconds(trainer, seconds)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         self.told.estimate(
             Estimate(
-                seconds=seconds * passes + self._evaluation * evaluations,
+                seconds=seconds * passes + evaluation * evaluations,
                 steps=arguments.max_steps - step,
                 peak_bytes=peak_bytes(arguments.device) + _MOMENT_BYTES * trained,
-                held_out=held_out,
+                held_out=0 if self._held_out is None else len(self._held_out),
                 evaluations=evaluations,
             )
         )

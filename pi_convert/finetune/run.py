@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shlex
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from converters.files import atomic_file
 from converters.install import install_line
 from converters.progress import Progress as Tell
 from converters.progress import silent
-from converters.sources.huggingface import FINETUNE_RECORD, RECIPE, RUN
+from converters.sources.huggingface import FINETUNE_RECORD, HEAD, RECIPE, RUN
 from converters.targets.huggingface import files_beside_tensors, write_folder
 from converters.tensor import Tensor
 from pi_convert.finetune.data import Encoder, TokenStore, open_store, tokenise, windows
@@ -45,6 +46,7 @@ _FLAGS = {
     name: f"--{name.replace('_', '-')}"
     for name in ("preset", "scale", "window", "steps", "learning_rate", "seed")
 } | {"global_batch": "--batch", "allow_short_window": "--allow-short-window"}
+_FOLLOWING = "window", "learning_rate"  # by default from MODEL and --scale
 _INPUTS = {"source": "MODEL has other weights", "data": "the text is another"}
 
 
@@ -93,7 +95,7 @@ def finetune(
     from pi_convert.finetune.model import load_model, require_frequencies
     from pi_convert.finetune.progress import LOG_NAME, Progress, Told
 
-    _no_bars()
+    _quiet(request.source)
     run = request.out / RUN
     arguments = train.training_arguments(
         run / checkpoints.CHECKPOINTS,
@@ -111,6 +113,12 @@ def finetune(
     record = all_ready(arguments, prepare)
     store = open_store(run / "tokens")
     corpus = train.Corpus(store, windows(store, request.recipe.window))
+    trained, held_out = train.split_windows(corpus.segments)
+    record["text"] = {
+        "tokens": store.tokens,
+        "windows": len(trained),
+        "held_out_windows": len(held_out),
+    }
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)
     if request.device == "cpu":
@@ -137,11 +145,36 @@ def finetune(
     return Finetuned(outcome, request.out, record)
 
 
-def _no_bars() -> None:
-    """Transformers draws bars on stderr of its own, between our lines."""
-    from transformers.utils import logging
+def _quiet(source: Checkpoint) -> None:
+    """No bars of transformers between our lines, and no warning of what is as it should be."""
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    for name in ("trainer", "trainer_utils"):
+        logger = logging.getLogger(f"transformers.{name}")
+        for known in [f for f in logger.filters if isinstance(f, _Harmless)]:
+            logger.removeFilter(known)
+        logger.addFilter(_Harmless(tied=source.hparams.tied_embeddings))
+
+
+class _Harmless(logging.Filter):
+    """Keeps back two of transformers' warnings.
+
+    That a checkpoint does not hold the head, which is tied, and that the numbers of checkpoints
+    tell their order and not their times.
+    """
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self._starts = ["mtime may not be reliable"]
+        if tied:
+            self._starts.append(
+                f"There were missing keys in the checkpoint model loaded: ['{HEAD}']"
+            )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is let through."""
+        return not record.getMessage().startswith(tuple(self._starts))
 
 
 def require_libraries(device: str = "cpu") -> None:
@@ -182,7 +215,7 @@ def _about(files: Sequence[Path]) -> dict[str, object]:
 def _prepare(request: FinetuneRequest, tell: Tell, *, is_main: bool) -> dict[str, object]:
     """The run's record; the main process makes the run folder of it too."""
     if is_main:
-        _require_own(request)
+        require_own(request.out, request.recipe, resume=request.resume)
     files = text_files(request.texts, request.out)
     source = _about_source(request.source, tell) if is_main else {}
     record = run_record(request.recipe, request.target.rope, source, _about(files))
@@ -218,31 +251,29 @@ def _make_run(
         raise
 
 
-def _require_own(request: FinetuneRequest) -> None:
+def require_own(out: Path, recipe: Recipe, *, resume: bool) -> None:
     """Raises ``OutputError`` unless the folder is new or empty, or holds a run to go on with."""
-    if (request.out / RUN / RECIPE).is_file():
-        if (request.out / "config.json").is_file():
-            found = _stated(request.out / RUN / RECIPE)
-            other = _other_settings(found, {"recipe": dataclasses.asdict(request.recipe)})
+    if (out / RUN / RECIPE).is_file():
+        if (out / "config.json").is_file():
+            found = _stated(out / RUN / RECIPE)
+            other = _other_settings(found, {"recipe": dataclasses.asdict(recipe)})
             more = f" with other settings: {other}" if other else ""
             raise OutputError(
-                f"{request.out} holds a finished run{more}",
-                hint=f"`pi-convert export {shlex.quote(str(request.out))} --to gguf` takes it. It"
+                f"{out} holds a finished run{more}",
+                hint=f"`pi-convert export {shlex.quote(str(out))} --to gguf` takes it. It"
                 " cannot be trained further here: give another --out.",
             )
-        if not request.resume:
+        if not resume:
             raise OutputError(
-                f"{request.out} holds another run",
-                hint="Go on with --resume, or give another --out.",
+                f"{out} holds a run that is not finished",
+                hint="Go on with it by --resume, or give another --out.",
             )
         return
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is no run of finetune", hint="Give another --out.")
+    if resume:
         raise OutputError(
-            f"{request.out} exists and is no run of finetune", hint="Give another --out."
-        )
-    if request.resume:
-        raise OutputError(
-            f"{request.out} holds no run to resume",
+            f"{out} holds no run to resume",
             hint="Give the --out of the run, or leave out --resume to start one.",
         )
 
@@ -271,12 +302,14 @@ def _other_settings(found: dict[str, Any], record: dict[str, object]) -> str:
     """What the run in a folder (``found``) and ``record`` do not share, in a person's words."""
     here, there = _plain(record), found.get("recipe", {})
     said = [
-        f"{_FLAGS.get(name, name)} is {value}, the run has {there.get(name)}"
-        for name, value in here["recipe"].items()
-        if there.get(name) != value
-    ]
-    said += [
         what for name, what in _INPUTS.items() if name in here and found.get(name) != here[name]
+    ]
+    others = [name for name, value in here["recipe"].items() if there.get(name) != value]
+    if "scale" in others or _INPUTS["source"] in said:  # what follows from them says nothing more
+        others = [name for name in others if name not in _FOLLOWING]
+    said += [
+        f"{_FLAGS.get(name, name)} is {here['recipe'][name]}, the run has {there.get(name)}"
+        for name in others
     ]
     rest = (name for name in here if name != "recipe" and found.get(name) != here[name])
     return "; ".join(said or rest)

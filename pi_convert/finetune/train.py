@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ from torch.utils.data import SequentialSampler
 from converters.errors import ConvertError, TrainingError
 from pi_convert.finetune.checkpoints import having_room, last_checkpoint
 from pi_convert.finetune.data import Segment, TokenStore, WindowDataset
-from pi_convert.finetune.progress import Progress, Schedule, require_finite
+from pi_convert.finetune.progress import CorpusSize, Progress, Schedule, require_finite
 from pi_convert.finetune.recipe import Recipe
 
 HELD_OUT_AT_MOST = 4
 _HELD_OUT_SHARE = 10  # one window in so many
 _KEPT_CHECKPOINTS = 2
+ROUGH_BEYOND = 8192  # tokens of a window: on a CPU its first pass takes minutes, later ones hours
+ROUGH_TOKENS = 512, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +131,10 @@ def training_order(windows: int, recipe: Recipe) -> list[int]:
 class PiTrainer(transformers.Trainer):  # type: ignore[misc]
     """The paper's warm-up, samples in the order that was decided, and a stop at a bad loss."""
 
-    def __init__(
-        self, recipe: Recipe, first_pass: Callable[[float], None], **arguments: Any
-    ) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._recipe = recipe
-        self._first_pass: Callable[[float], None] | None = first_pass  # None once it was told
+        self._untold: Progress | None = progress  # None once the first pass was told
         self.lr_scheduler: Any
         self.model_accepts_loss_kwargs = False  # the loss is a mean over equal windows
 
@@ -151,18 +151,53 @@ class PiTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         """The loss of one pass; raises ``TrainingError`` before a bad one moves a weight."""
+        if self._untold is not None and _is_slow(self.args, self._recipe):
+            seconds = _rough_seconds(*arguments[:2])
+            self._untold.roughly(self, ROUGH_TOKENS, seconds)
         started = time.monotonic()
         loss: torch.Tensor = super().training_step(*arguments, **named)
         require_finite(loss, f"in step {self.state.global_step + 1}")
-        if self._first_pass is not None:
-            self._first_pass(time.monotonic() - started)
-            self._first_pass = None
+        if self._untold is not None:
+            self._untold.first_pass(self, time.monotonic() - started)
+            self._untold = None
         return loss
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         folder = Path(self.args.output_dir)
         with having_room(folder, folder / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*arguments, **named)
+
+
+def _is_slow(arguments: Any, recipe: Recipe) -> bool:
+    alone_on_cpu = arguments.device.type == "cpu" and arguments.world_size == 1
+    return alone_on_cpu and recipe.window > ROUGH_BEYOND
+
+
+def _rough_seconds(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """What a pass of ``inputs`` will take, from its first tokens alone.
+
+    Leaves no gradient behind, and the random numbers as they were.
+    """
+    ids = inputs["input_ids"]
+    short, long = ROUGH_TOKENS
+    seconds = []
+    with torch.random.fork_rng(devices=[]):
+        for length in (short, short, long):  # what is made once is made in the first
+            started = time.monotonic()
+            model(input_ids=ids[:, :length])["loss"].backward()
+            seconds.append(time.monotonic() - started)
+    model.zero_grad()
+    return pass_seconds((short, seconds[1]), (long, seconds[2]), ids.shape[1])
+
+
+def pass_seconds(short: tuple[int, float], long: tuple[int, float], tokens: int) -> float:
+    """Of a pass of so many tokens, from two that are (tokens, seconds).
+
+    The weights' work grows with the tokens, attention's with their square: a n + b n^2.
+    """
+    (n, s), (m, t) = short, long
+    square = max(0.0, (t / m - s / n) / (m - n))
+    return tokens * (t / m + square * (tokens - m))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +214,15 @@ def make_trainer(
     """The trainer over the windows in the order that they are trained in."""
     trained, held_out = split_windows(corpus.segments)
     order = training_order(len(trained), recipe)
+    if arguments.process_index == 0:
+        size = CorpusSize(
+            corpus.store.tokens, len(trained), len(held_out), len(order) / len(trained)
+        )
+        progress.told.corpus(size)
     dataset = WindowDataset(corpus.store, [trained[i] for i in order])
     trainer = PiTrainer(
         recipe,
-        lambda seconds: progress.first_pass(trainer, seconds),
+        progress,
         model=model,
         args=arguments,
         train_dataset=dataset,

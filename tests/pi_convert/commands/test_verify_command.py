@@ -129,7 +129,7 @@ def test_a_text_that_is_not_there_is_one_clear_error(
     for name, says, hint in (
         ("missing.txt", "No such file or directory", "Check the path"),
         ("folder", "no text in it", "Expected .txt, .md"),
-        ("latin.txt", "is no UTF-8 text", "iconv -t utf-8"),
+        ("latin.txt", "is no UTF-8 text", "iconv -f latin1 -t utf-8"),
     ):
         path = tmp_path / name
         words = [str(artifact), "--against", str(model), "--scale", "8", "--text", str(path)]

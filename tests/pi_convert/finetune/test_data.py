@@ -67,6 +67,8 @@ def test_datasets_inside_a_folder_are_found_and_damaged_ones_named(tmp_path: Pat
         ("x.jsonl", b"{", "line 1"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b \\ud800"}\n', "line 2: half a surrogate pair"),
         ("x.parquet", b"no parquet", "x.parquet"),
+        ("x.json", b'[{"text": "a"}]', "x.json is a table"),
+        ("x.csv", b"text\na\n", "x.csv is a table"),
         ("x.txt", b" \n", r"x\.txt: no text but white space"),
     ],
 )

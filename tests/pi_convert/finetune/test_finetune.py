@@ -24,6 +24,7 @@ from pi_convert.commands.export import command as export
 from pi_convert.commands.finetune import command
 from pi_convert.commands.inspect import command as inspect
 from pi_convert.commands.verify import command as verify
+from pi_convert.finetune import train
 from pi_convert.finetune.checkpoints import last_checkpoint
 from pi_convert.finetune.data import WindowDataset, open_store, windows
 from pi_convert.finetune.model import (
@@ -186,7 +187,7 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
     assert log_of(out)[-1]["step"] in (stop, stop + 1)
     assert last_checkpoint(out / "run" / "checkpoints") == out / "run/checkpoints/checkpoint-3"
     assert not (out / "config.json").exists()
-    with pytest.raises(OutputError, match="another run"):
+    with pytest.raises(OutputError, match="a run that is not finished"):
         finetuned(model, text, out, *more, steps=8)
     with pytest.raises(OutputError, match="with other settings: --seed is 1, the run has 0"):
         finetuned(model, text, out, *more, "--seed", "1", "--resume", steps=8)
@@ -194,12 +195,95 @@ def test_resuming_after_sigkill_gives_the_uninterrupted_run(
         log.write('{"step": 6, "lo')  # as a kill may leave it
     said = finetuned(model, text, out, *more, "--resume", steps=8)
     assert "going on after step 3 of 8\n" in said
+    assert "missing keys" not in said  # the head is tied
     alike = ("loss", "perplexity_below", "perplexity_past")
     lines, expected = log_of(out), log_of(whole)
     assert [[x.get(key) for key in alike] for x in lines] == [
         [x.get(key) for key in alike] for x in expected
     ]
     assert weights(out) == weights(whole)
+
+
+def test_what_follows_from_another_scale_is_not_told_beside_it(
+    model: Path, text: Path, whole: Path
+) -> None:
+    """Of a finished run the settings are told as well."""
+    with pytest.raises(OutputError, match=r"settings: --scale is 4\.0, the run has 2\.0\n"):
+        finetuned(model, text, whole, "--scale", "4", "--resume", steps=8)
+
+
+def test_the_size_of_the_text_is_told_and_recorded(model: Path, text: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "a.txt").write_text(next(text.iterdir()).read_text()[:1500])
+    (few / "rows.json").write_text("[]")
+    (few / "b.csv").write_text("a,b")
+    said = finetuned(model, few, tmp_path / "out", steps=40)
+    store = open_store(tmp_path / "out" / "run" / "tokens")
+    count = store.tokens // 64  # one document: whole windows of it
+    held_out = count // 10
+    kept = count - held_out
+    times = 40 * 2 / kept
+    assert times > 2
+    assert f"text: {store.tokens:,} tokens; {kept} windows of 64 to train on" in said
+    assert f"; each is trained {times:,.1f}".removesuffix(".0") in said
+    assert "in the folders, not read as text: b.csv, rows.json\n" in said
+    record = json.loads((tmp_path / "out" / FINETUNE_RECORD).read_bytes())
+    assert record["text"] == {
+        "tokens": store.tokens,
+        "windows": kept,
+        "held_out_windows": held_out,
+    }
+
+
+def test_the_trainer_steps_as_the_paper_does(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+
+    def spy(trainer: Any, *arguments: Any) -> Any:
+        trainers.append(trainer)
+        return whole_run(trainer, *arguments)
+
+    whole_run = train.train
+    monkeypatch.setattr(train, "train", spy)
+    more = ("--text", str(text), "--scale", "2", "--out", str(tmp_path / "out"))
+    arguments = [str(model), *more, "--preset", "paper", "--steps", "2"]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    (trainer,) = trainers
+    optimizer = trainer.optimizer.optimizer  # accelerate's wrapper, torch's own
+    assert type(optimizer) is torch.optim.AdamW
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.0)
+        # A tenth of 2e-5 in the first step, a twentieth of the rest more with each.
+        assert group["lr"] == pytest.approx(2e-5 * (0.1 + 2 * 0.9 / 20))
+    seen = trainer.args.gradient_accumulation_steps * trainer.args.per_device_train_batch_size
+    assert seen == 64
+    first, second = [line["learning_rate"] for line in log_of(tmp_path / "out") if line["step"]]
+    assert (first, second) == pytest.approx((2e-6, 2e-5 * 0.145))
+
+
+def test_a_pass_that_takes_minutes_is_estimated_from_shorter_ones(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = finetuned(model, text, tmp_path / "plain")
+    assert "roughly" not in plain
+    monkeypatch.setattr(train, "ROUGH_BEYOND", 32)
+    monkeypatch.setattr(train, "ROUGH_TOKENS", (8, 16))
+    said = finetuned(model, text, tmp_path / "rough")
+    rough, estimate = said.index("roughly, from passes of 8 and 16"), said.index("estimate:")
+    assert rough < estimate < said.index("step 1 of 3")
+    assert weights(tmp_path / "rough") == weights(tmp_path / "plain")  # dropout drew the same
+
+
+def test_a_long_pass_takes_what_weights_and_attention_take() -> None:
+    def seconds(tokens: int) -> float:
+        return 0.01 * tokens + 1e-6 * tokens**2
+
+    short, long = (512, seconds(512)), (2048, seconds(2048))
+    assert train.pass_seconds(short, long, 65536) == pytest.approx(655.36 + 4294.967296)
+    # Where the longer one was no slower a token, attention is taken for nothing.
+    assert train.pass_seconds((512, 6.0), (2048, 20.48), 65536) == pytest.approx(655.36)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
