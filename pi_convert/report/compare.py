@@ -97,8 +97,8 @@ def nats_text(mean: Mean) -> str:
 
 def ratio_text(mean: Mean) -> str:
     """A change of NLL as a change of perplexity, with its interval."""
-    change = f"{expm1(mean.value):+.2%}"
+    change = f"{expm1(mean.value):+z.2%}"
     if mean.interval is None:
         return f"{change} (one document: no interval)"
     low, high = mean.interval
-    return f"{change} (95 %: {expm1(low):+.2%} to {expm1(high):+.2%})"
+    return f"{change} (95 %: {expm1(low):+z.2%} to {expm1(high):+z.2%})"

@@ -26,7 +26,7 @@ def compare_page(report: CompareReport) -> Report:
     perplexities = found.perplexities
     summary = (
         f"KL {found.kl.value:.3g} nats a token, the same first token in {found.top1:.2%},"
-        f" perplexity {expm1(found.nll_change.value):+.2%}"
+        f" perplexity {expm1(found.nll_change.value):+z.2%}"
     )
     rows = (
         ("KL(A || B), nats a token", nats_text(found.kl)),

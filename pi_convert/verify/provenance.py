@@ -7,6 +7,7 @@ its way here. Whether the weights are the source's is for link 2 to say.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from converters.content_hash import content_hash, tensor_hash
 from converters.progress import Progress
@@ -17,8 +18,16 @@ from pi_convert.verify.request import Subject
 _SHOWN_DIGITS = 12  # of a hash
 
 
-def source_note(subject: Subject, progress: Progress) -> str | None:
-    """Which source is recorded and which was given; None where they agree or none is recorded."""
+@dataclass(frozen=True, slots=True)
+class SourceNote:
+    """Which source is recorded and which was given, in a sentence."""
+
+    text: str
+    same_weights: bool
+
+
+def source_note(subject: Subject, progress: Progress) -> SourceNote | None:
+    """None where the recorded and the given source agree, or none is recorded."""
     keys = subject.artifact.record
     name, digest = keys.get(SOURCE_NAME_KEY), keys.get(SOURCE_HASH_KEY)
     if name is None and digest is None:
@@ -26,13 +35,14 @@ def source_note(subject: Subject, progress: Progress) -> str | None:
     given, given_digest = subject.source.origin.label, _hash(subject, progress)
     if (name, digest) == (given, given_digest):
         return None
-    if digest == given_digest:
-        told = "the weights are the same"
-    else:
+    same = digest == given_digest
+    told = "the weights are the same"
+    if not same:
         told = f"the weights have SHA-256 {_short(digest)} there and {_short(given_digest)} here"
+    text = f"the file records the source {name!r}, --against is {given!r}: {told}"
     if name == given:
-        return f"the file records other weights of {name}: {told}; another --revision has them"
-    return f"the file records the source {name!r}, --against is {given!r}: {told}"
+        text = f"the file records other weights of {name}: {told}; another --revision has them"
+    return SourceNote(text, same)
 
 
 def _hash(subject: Subject, progress: Progress) -> str:

@@ -109,7 +109,7 @@ def _against(margins: Margins, kl: Mean, nll: Mean) -> tuple[Status, str, tuple[
         summary = "the 95 % interval reaches over the margin; give more --text"
         return Status.INCONCLUSIVE, summary, ()
     summary = (
-        f"KL {kl.value:.2g} nats, perplexity {expm1(nll.value):+.2%} over {kl.clusters} documents"
+        f"KL {kl.value:.2g} nats, perplexity {expm1(nll.value):+z.2%} over {kl.clusters} documents"
     )
     return Status.PASSED, summary, ()
 

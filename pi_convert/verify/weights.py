@@ -31,7 +31,7 @@ from pi_convert.runtimes.llamacpp import cores
 from pi_convert.verify import gates
 from pi_convert.verify.encode import encode
 from pi_convert.verify.mismatch import name_cause
-from pi_convert.verify.provenance import source_note
+from pi_convert.verify.provenance import SourceNote, source_note
 from pi_convert.verify.request import Subject
 from pi_convert.verify.verdict import LinkName, LinkResult, Status
 
@@ -110,6 +110,10 @@ def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
     findings = [*_list_findings(subject), *_value_findings(subject, results)]
     others = sum(result.match is Match.OTHER_BUILD for result in results)
     untold = [result for result in results if result.match is Match.UNTOLD]
+    note = source_note(subject, progress)
+    wrong = sum(result.match is None for result in results)
+    if note is not None and not note.same_weights and wrong > len(results) / 2:
+        findings.insert(0, f"--against is another model: {note.text}")
     status, summary = Status.PASSED, f"all {len(results)} tensors of the source, none over"
     if findings:
         status, summary = Status.FAILED, findings[0]
@@ -124,7 +128,7 @@ def verify_weights(subject: Subject, progress: Progress) -> LinkResult:
         _measures(results),
         cause=findings[0] if findings else None,
         findings=tuple(findings),
-        notes=tuple(_notes(subject, others, progress)),
+        notes=tuple(_notes(subject, others, note)),
     )
 
 
@@ -188,13 +192,13 @@ def _build(subject: Subject, encoding: Encoding) -> Build:
     )
 
 
-def _notes(subject: Subject, others: int, progress: Progress) -> Iterator[str]:
+def _notes(subject: Subject, others: int, note: SourceNote | None) -> Iterator[str]:
     if others:
         recorded = QUANTIZER_KEY in subject.artifact.record
         reason = "records another build's" if recorded else "does not record its"
         yield f"{others} tensors judged by their error: the file {reason} quantizer"
-    if (note := source_note(subject, progress)) is not None:
-        yield note
+    if note is not None:
+        yield note.text
 
 
 def _tied(gguf_name: str) -> str:

@@ -90,7 +90,9 @@ def test_the_source_under_another_name_is_a_note(export: Exporter, tmp_path: Pat
 def test_other_weights_under_the_recorded_name_are_a_note(export: Exporter, tmp_path: Path) -> None:
     right = export("f16")
     folder = write_tiny(tmp_path / "tiny-llama", shape=TINY, dtype="bf16")
-    (note,) = source_notes(right.path, open_checkpoint(str(folder)))
+    link = weights(right.path, open_checkpoint(str(folder)))
+    (note,) = link.notes
+    assert link.cause == link.summary == f"--against is another model: {note}"
     recorded = str(opened(right.path, right.source).file.keys[SOURCE_HASH_KEY])
     assert note.startswith("the file records other weights of tiny-llama: ")
     assert note.endswith("another --revision has them")
