@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -73,7 +74,10 @@ def command(
     )
     documents, record_of_texts = read_texts(texts)
     settings = {"revision": revision, "original_context": original_context, **record_of_texts}
-    report = _probe(checkpoint, documents, run, settings)
+    given = {"--revision": revision, "--original-context": original_context}
+    words = [resolved.reference]
+    words += [w for flag, value in given.items() if value is not None for w in (flag, str(value))]
+    report = _probe(checkpoint, documents, run, settings, shlex.join(words))
     if as_json:
         emit_json(report.to_json())
     else:
@@ -85,6 +89,7 @@ def _probe(
     texts: tuple[Document, ...],
     run: RunOptions,
     settings: Mapping[str, object],
+    words: str,
 ) -> ProbeReport:
     from pi_convert.commands._models import require_contexts, torch_model
     from pi_convert.evaluate.cost import measure_speed
@@ -111,4 +116,4 @@ def _probe(
         found = probe(checkpoint, loaded, windows, tell)
         loaded.close()
     ran = environment(["torch"], {**run.settings(["torch"]), **settings})
-    return ProbeReport(checkpoint.origin.label, checkpoint.rope.factor, found, ran)
+    return ProbeReport(checkpoint.origin.label, words, checkpoint.rope.factor, found, ran)

@@ -5,7 +5,8 @@ A model predicts best with the RoPE it was trained with, and not only past L: in
 every position, so windows below L tell the factor, where an untuned model is best with factor 1.
 Past L any factor helps an untuned model, so what is seen there confirms and never decides. A model
 that was tuned briefly still remembers factor 1 and is best with somewhat less than its own, where
-the loss is flat: so a usual factor just above the best one is taken for it.
+the loss is flat: so a usual factor just above the best one is taken for it, and where more of the
+usual ones lose as little, all are told.
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ class Tried:
     past: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A usual factor, and its NLL minus the best factor's, below L, paired."""
+
+    factor: float
+    behind: Mean
+
+
 _UNSCALED = "no scaling predicts the text better than factor 1 does"
 
 
@@ -67,6 +76,7 @@ class Probe:
     best: float  # of all tried, whether it stands out or not; ``factor`` may be a usual one above
     gain: Mean  # NLL of factor 1 minus the best's, below L, paired
     behind: Mean | None  # NLL of ``factor`` minus the best's, where that is another
+    also: tuple[Fit, ...]  # usual factors above ``factor`` that lose as little as one may
     rival: float  # the next best
     lead: Mean  # NLL of the rival minus the best's, below L, paired
     original_context: int  # L as supposed
@@ -133,7 +143,7 @@ def probe(
         trial.below(float(factor))
     means = {factor: float(nll.mean()) for factor, nll in trial.nll.items()}
     best, rival, *_ = sorted(means, key=means.__getitem__)
-    likely = likely_factor(means)
+    likely, *others = likely_factors(means)
     past = {}
     for done, factor in enumerate(chosen := sorted({1.0, best, rival, likely})):
         progress("factors past L", done, len(chosen))
@@ -154,6 +164,7 @@ def probe(
         best=best,
         gain=gain,
         behind=trial.paired(likely, best) if stands_out not in (None, best) else None,
+        also=tuple(Fit(f, trial.paired(f, best)) for f in others if stands_out is not None),
         rival=rival,
         lead=trial.paired(rival, best),
         original_context=checkpoint.rope.original_context,
@@ -163,11 +174,11 @@ def probe(
     )
 
 
-def likely_factor(nll: Mapping[float, float]) -> float:
-    """The best of NLL by factor, or the usual factor above it where that loses next to nothing."""
+def likely_factors(nll: Mapping[float, float]) -> list[float]:
+    """Usual factors from the best of NLL by factor on that lose next to nothing, or the best."""
     best = min(nll, key=nll.__getitem__)
     most = nll[best] + USUAL_LOSES * (nll[1.0] - nll[best])
-    return next((float(f) for f in USUAL if f >= best and nll[f] <= most), best)
+    return [float(f) for f in USUAL if f >= best and nll[f] <= most] or [best]
 
 
 def _decide(

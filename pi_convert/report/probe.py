@@ -12,7 +12,7 @@ from pi_convert.report.console import table, tokens
 from pi_convert.report.perplexity import mean_json
 from pi_convert.report.rope import factor_text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,16 @@ class ProbeReport:
     """What the weights say, beside what the config does."""
 
     label: str
+    words: str  # MODEL and its options, as other commands take them
     stated: float  # the config's factor
     probe: Probe
     environment: Mapping[str, str]
 
     @property
     def agrees(self) -> bool:
-        """Whether config and weights say the same."""
-        return self.stated == (self.probe.factor or 1.0)
+        """Whether the config's factor is one that the weights fit."""
+        fits = self.probe.factor or 1.0, *(fit.factor for fit in self.probe.also)
+        return self.stated in fits
 
     def to_json(self) -> dict[str, object]:
         """As JSON values; ``schema_version`` changes when a field does."""
@@ -41,6 +43,9 @@ class ProbeReport:
             "best": found.best,
             "gain_over_factor_1": mean_json(found.gain),
             "behind_best": None if found.behind is None else mean_json(found.behind),
+            "also_fit": [
+                {"factor": fit.factor, "behind_best": mean_json(fit.behind)} for fit in found.also
+            ],
             "next_best": found.rival,
             "lead_over_next_best": mean_json(found.lead),
             "told_apart": found.told_apart,
@@ -82,6 +87,7 @@ def probe_text(report: ProbeReport) -> str:
 
 def _conclusion(report: ProbeReport) -> list[str]:
     found = report.probe
+    chosen = f"{report.words} --scale {found.factor:g}" if found.factor else ""
     if found.factor is None:
         lines = [f"No factor stands out: {found.reason}."]
     elif found.behind is None:
@@ -96,6 +102,11 @@ def _conclusion(report: ProbeReport) -> list[str]:
             f" {factor_text(found.factor)} is {_nats(found.behind)} behind it: what was tuned"
             " briefly shows as less than its factor, and that is the usual one."
         ]
+    if found.also:
+        behind = " and ".join(
+            f"{factor_text(fit.factor)}, {_nats(fit.behind)} behind," for fit in found.also
+        )
+        lines.append(f"Almost as good: {behind.rstrip(',')}. The weights do not rule it out.")
     if report.stated != 1.0 and not found.told:
         lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")
     elif report.stated != 1.0:
@@ -103,8 +114,9 @@ def _conclusion(report: ProbeReport) -> list[str]:
         lines.append(f"The config, with factor {factor_text(report.stated)}, {verb}.")
     elif found.factor is not None:
         lines.append(
-            "The config states none: look where it came from, confirm the factor with `pi-convert"
-            " perplexity --scale S` at the length that it was tuned for, and export with that."
+            "The config states none: look where it came from, confirm the factor at the length that"
+            f" it was tuned for with `pi-convert perplexity {chosen}`, and export with"
+            f" `pi-convert export {chosen} --to gguf`."
         )
     return lines
 

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from converters.errors import SourceError
 from pi_convert import cli
-from pi_convert.evaluate.probe import FACTORS, likely_factor, probe_windows
+from pi_convert.evaluate.probe import FACTORS, Fit, Probe, likely_factors, probe_windows
+from pi_convert.evaluate.statistics import Mean
 from pi_convert.evaluate.windows import TokenStream
+from pi_convert.report.probe import ProbeReport, probe_text
 from tests.tiny import Shape, write_tiny
 
 SMALL = Shape(hidden=64, intermediate=128, layers=1, heads=4, kv_heads=2, head_dim=16, context=32)
@@ -72,6 +74,14 @@ def test_a_stripped_factor_is_found(
     assert found["told_apart"]
     assert found["gain_over_factor_1"]["interval"][0] > 0.5
     assert [tried["factor"] for tried in found["tried"]] == list(FACTORS)
+    assert (
+        cli.run(["probe", str(folder), *texts, "--threads", "1", "--original-context", "32"]) == 0
+    )
+    words = f"{folder} --original-context 32 --scale {factor:g}"
+    said = capfd.readouterr().out
+    assert (
+        f"with `pi-convert perplexity {words}`, and export with `pi-convert export {words} " in said
+    )
     past = {t["factor"]: t["nll_past"] for t in found["tried"] if t["nll_past"] is not None}
     assert past[factor] < past[1]
     # A config that says another factor is contradicted, and one that says this is agreed with.
@@ -111,20 +121,41 @@ def curve(best: float, flatness: float) -> dict[float, float]:
 @pytest.mark.parametrize(
     ("best", "flatness", "expected"),
     [
-        (1.75, 0.8, 2),  # 0.8 (ln(2 / 1.75) / ln 1.75)^2 = 0.0455 nats behind, of 0.05 allowed
-        (1.75, 1, 1.75),  # 0.0569 behind
-        (3.5, 1, 4),  # 0.0114 behind
-        (7, 1, 8),  # 0.0047 behind
-        (4, 1, 4),  # a usual one is never raised
-        (5, 1, 6),  # 0.0128 behind
-        (5, 4, 5),  # 0.0513 behind
-        (32, 1, 32),
+        (1.75, 0.8, [2]),  # 0.8 (ln(2 / 1.75) / ln 1.75)^2 = 0.0455 nats behind, of 0.05 allowed
+        (1.75, 1, [1.75]),  # 0.0569 behind
+        (3.5, 1, [4]),  # 0.0114 behind; 6 0.1851
+        (7, 1, [8]),  # 0.0047 behind; 12 0.0767
+        (4, 1, [4]),  # a usual one is never raised; 6 is 0.0855 behind
+        (4, 0.5, [4, 6]),  # 0.0428 behind; 8 0.125
+        (5, 1, [6]),  # 0.0128 behind
+        (5, 0.5, [6, 8]),  # 0.0064 and 0.0426 behind
+        (5, 4, [5]),  # 0.0513 behind
+        (32, 1, [32]),
     ],
 )
-def test_a_usual_factor_just_above_the_best_is_taken(
-    best: float, flatness: float, expected: float
+def test_the_usual_factors_just_above_the_best_are_taken(
+    best: float, flatness: float, expected: list[float]
 ) -> None:
-    assert likely_factor(curve(best, flatness)) == expected
+    assert likely_factors(curve(best, flatness)) == expected
+
+
+@pytest.mark.parametrize(("stated", "says"), [(4.0, True), (6.0, True), (8.0, False), (3.0, False)])
+def test_a_config_agrees_with_every_factor_that_the_weights_fit(stated: float, says: bool) -> None:
+    def mean(value: float) -> Mean:
+        return Mean(value, 0.001, 1008, 1000)
+
+    found = Probe(
+        tried=(), factor=4.0, reason="", told=True, best=4.0, gain=mean(0.643), behind=None,
+        also=(Fit(6.0, mean(0.018)),), rival=5.0, lead=mean(0.001), original_context=128,
+        window=128, windows=16, seconds=1.0,
+    )  # fmt: skip
+    report = ProbeReport("x", "x", stated, found, {})
+    text = probe_text(report)
+    assert "Factor 4 stands out" in text
+    assert "Almost as good: 6, 0.018 nats (95 %: 0.016 to 0.020) behind. The weights do not" in text
+    assert ("says the same" in text, "DOES NOT AGREE" in text) == (says, not says)
+    (other,) = report.to_json()["also_fit"]  # type: ignore[misc]
+    assert other["factor"] == 6
 
 
 def test_an_untuned_model_has_none(
