@@ -6,6 +6,7 @@ Exponentials in float32, sums in float64; natural logarithms: KL in nats, NLL in
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -140,11 +141,38 @@ class Mean:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval."""
+        """The 95 % confidence interval, by Student's t with a degree less than clusters."""
         if self.standard_error is None:
             return None
-        half = Z95 * self.standard_error
+        half = student_t95(self.clusters - 1) * self.standard_error
         return self.value - half, self.value + half
+
+
+@functools.cache
+def student_t95(degrees: int) -> float:
+    """The two-sided 95 % quantile of Student's t with so many degrees of freedom, at least 1.
+
+    With few documents 1.96 standard errors are too few: 3.18 are right for 4. Halves the interval
+    in which the distribution function of Abramowitz and Stegun 26.7.3 and 26.7.4 crosses 0.95.
+    """
+    low, high = Z95, 12.8  # the normal distribution's, and more than that of one degree
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < 0.95 else (low, middle)
+    return high
+
+
+def _within(t: float, degrees: int) -> float:
+    """P(-t < T < t) of Student's t."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine, odd = math.cos(angle), degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def clustered_mean(values: Vector, cluster: npt.NDArray[np.int32]) -> Mean:

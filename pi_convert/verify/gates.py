@@ -85,8 +85,8 @@ FULL_WINDOW = 1.5  # of L, scored past L
 # Link 5, full preset: several documents.
 QUALITY_DOCUMENTS = 24
 QUALITY_DOCUMENT_TOKENS = 2048
-# Fewer documents than this give no interval to gate by: intervals reach 1.96 standard errors each
-# way, where Student's t is 2.36 with 8 documents and 3.18 with 4.
+# Fewer documents than this give no interval to gate by: it would reach 3.18 standard errors each
+# way with 4 documents and 12.7 with 2, and so decide nothing.
 QUALITY_CLUSTERS = 8
 # Margins where none are given. Q4_K_M of a 135M model costs about 0.03 nats and 3 % of perplexity;
 # 2-bit types cost more than this and have to be asked for by --max-kl and --max-ppl-increase.

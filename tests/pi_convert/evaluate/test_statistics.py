@@ -15,6 +15,7 @@ from pi_convert.evaluate.statistics import (
     kl_divergence,
     limit_threads,
     negative_log_likelihood,
+    student_t95,
 )
 
 
@@ -104,8 +105,30 @@ def test_a_clustered_error_is_what_resampling_documents_gives() -> None:
     independent = values.std() / np.sqrt(len(values))
     assert found.standard_error > 3 * independent  # what ignoring the documents would claim
     low, high = found.interval or (0, 0)
-    assert high - found.value == pytest.approx(1.959964 * found.standard_error)
+    assert high - found.value == pytest.approx(2.0227 * found.standard_error, rel=1e-4)
     assert low < found.value < high
+
+
+# Student's table, two-sided 95 %
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (6, 2.447), (7, 2.365),
+     (10, 2.228), (15, 2.131), (30, 2.042), (39, 2.023), (120, 1.980), (1000, 1.962)],
+)  # fmt: skip
+def test_students_t_is_that_of_the_tables(degrees: int, expected: float) -> None:
+    assert student_t95(degrees) == pytest.approx(expected, abs=6e-4)
+
+
+def test_an_interval_of_few_documents_holds_the_mean_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(5)
+    cluster = np.repeat(np.arange(4), 10).astype(np.int32)
+    hits = 0
+    for _ in range(2000):
+        found = clustered_mean(np.repeat(draw.normal(0, 1, 4), 10), cluster)
+        low, high = found.interval or (0, 0)
+        hits += low <= 0 <= high
+    # 0.95 within 4 standard errors of sqrt(0.95 x 0.05 / 2000) = 0.0049; 1.96 would give 0.86.
+    assert hits / 2000 == pytest.approx(0.95, abs=0.02)
 
 
 def test_one_document_has_no_error() -> None:

@@ -100,11 +100,11 @@ def test_a_passkey_page_has_the_terminals_table(passkeys: PasskeyReport) -> None
 
 @pytest.mark.parametrize(
     ("change", "error", "says"),
-    [
-        (-0.05, 0.01, "perplexity falls (-4.9%, 95 %: -6.7% to -3.0%)"),
-        (0.05, 0.01, "perplexity rises (+5.1%, 95 %: +3.1% to +7.2%)"),
-        (-0.008, 0.01, "no change that these documents can tell (-0.8%, 95 %: -2.7% to +1.2%)"),
-        (0.0001, 0.01, "no change that these documents can tell (+0.0%, 95 %: -1.9% to +2.0%)"),
+    [  # 5 documents: 2.776 errors each way; exp(-0.05 - 0.02776) - 1 is -7.5 %
+        (-0.05, 0.01, "perplexity falls (-4.9%, 95 %: -7.5% to -2.2%)"),
+        (0.05, 0.01, "perplexity rises (+5.1%, 95 %: +2.2% to +8.1%)"),
+        (-0.008, 0.01, "no change that these documents can tell (-0.8%, 95 %: -3.5% to +2.0%)"),
+        (0.0001, 0.01, "no change that these documents can tell (+0.0%, 95 %: -2.7% to +2.8%)"),
         (0.0001, 0.0001, "perplexity stays (+0.0%, 95 %: -0.0% to +0.0%)"),
         (-0.008, None, "perplexity changes by -0.8%, and one document cannot tell whether that is"
          " more than chance"),
