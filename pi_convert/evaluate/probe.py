@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +87,7 @@ class Probe:
     @property
     def told_apart(self) -> bool:
         """Whether the best factor is told from the next best."""
-        return self.lead.interval is not None and self.lead.interval[0] > 0
+        return _is_above_zero(self.lead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def probe(
         trial.below(float(factor))
     means = {factor: float(nll.mean()) for factor, nll in trial.nll.items()}
     best, rival, *_ = sorted(means, key=means.__getitem__)
-    likely, *others = likely_factors(means)
+    likely, *others = likely_factors(means, lambda f: _is_above_zero(trial.paired(f, best)))
     past = {}
     for done, factor in enumerate(chosen := sorted({1.0, best, rival, likely})):
         progress("factors past L", done, len(chosen))
@@ -174,11 +174,22 @@ def probe(
     )
 
 
-def likely_factors(nll: Mapping[float, float]) -> list[float]:
-    """Usual factors from the best of NLL by factor on that lose next to nothing, or the best."""
+def likely_factors(
+    nll: Mapping[float, float], is_worse: Callable[[float], bool] = lambda _: True
+) -> list[float]:
+    """Usual factors from the best of NLL by factor on that lose next to nothing, or the best.
+
+    Next to nothing is little of the gain over factor 1, or what ``is_worse`` does not tell from
+    none.
+    """
     best = min(nll, key=nll.__getitem__)
     most = nll[best] + USUAL_LOSES * (nll[1.0] - nll[best])
-    return [float(f) for f in USUAL if f >= best and nll[f] <= most] or [best]
+    above = [float(f) for f in USUAL if f >= best]
+    return [f for f in above if nll[f] <= most or not is_worse(f)] or [best]
+
+
+def _is_above_zero(mean: Mean) -> bool:
+    return mean.interval is not None and mean.interval[0] > 0
 
 
 def _decide(
@@ -195,7 +206,7 @@ def _decide(
         )
     if best == 1.0:
         return None, _UNSCALED
-    if gain.interval is None or gain.interval[0] <= 0 or gain.value < LEAST_GAIN:
+    if not _is_above_zero(gain) or gain.value < LEAST_GAIN:
         return None, (
             f"factor {best:g} is {gain.value:.3f} nats better than factor 1, which is too little to"
             " tell"

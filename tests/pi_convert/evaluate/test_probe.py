@@ -139,6 +139,13 @@ def test_the_usual_factors_just_above_the_best_are_taken(
     assert likely_factors(curve(best, flatness)) == expected
 
 
+def test_what_is_not_told_from_the_best_is_taken_too() -> None:
+    # 1.5, 2 and 3 are 0.067, 0.44 and 1.54 nats behind.
+    nll = curve(1.25, 0.1)
+    assert likely_factors(nll) == [1.25]
+    assert likely_factors(nll, lambda factor: factor > 2) == [1.5, 2]
+
+
 @pytest.mark.parametrize(("stated", "says"), [(4.0, True), (6.0, True), (8.0, False), (3.0, False)])
 def test_a_config_agrees_with_every_factor_that_the_weights_fit(stated: float, says: bool) -> None:
     def mean(value: float) -> Mean:
