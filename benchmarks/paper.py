@@ -77,9 +77,9 @@ ARMS = (
     Arm("PI x8", scale=8, context=8 * L, kept=LONG),
     Arm("direct", context=8 * L),
     Arm("trained on", kept=LONG),
-    Arm("PI x3", scale=3, context=3 * L, kept=(200,)),  # these are probed only
-    Arm("PI x4.5", scale=4.5, context=576, kept=(200,)),  # off the grid of factors
-    Arm("PI x6", scale=6, context=6 * L, kept=(200,)),
+    Arm("PI x3", scale=3, context=3 * L, kept=(200, 1000)),  # these are probed only
+    Arm("PI x4.5", scale=4.5, context=576, kept=(200, 1000)),  # off the grid of factors
+    Arm("PI x6", scale=6, context=6 * L, kept=(200, 1000)),
 )
 PROBED = ("PI x3", "PI x4.5", "PI x6")
 TAUGHT_LONG = 0, 200, 1000
@@ -87,7 +87,7 @@ TAUGHT = (
     Arm("taught PI x2", scale=2, context=2 * L, kept=(0, 200), is_taught=True),
     Arm("taught PI x4", scale=4, context=4 * L, kept=TAUGHT_LONG, is_taught=True),
     Arm("taught PI x8", scale=8, context=8 * L, kept=TAUGHT_LONG, is_taught=True),
-    Arm("taught direct", context=8 * L, kept=(0, 200), is_taught=True),
+    Arm("taught direct", context=8 * L, kept=TAUGHT_LONG, is_taught=True),
 )
 
 
@@ -339,6 +339,9 @@ def pairs(bench: Bench) -> dict[str, Found]:
     for name, number in (("short", short), ("last", last)):
         wanted[f"kept {name}"] = base, at("PI x8", number, L)
         wanted[f"kept beside {name}"] = at("trained on", number, L), at("PI x8", number, L)
+    for context in plan.contexts[1:]:
+        wanted[f"grows to {context}"] = (at("PI x8", last, context // 2),
+                                         at("PI x8", last, context))  # fmt: skip
     wanted["direct"] = at("PI x8", short, far), at("direct", step("direct"), far)
     if not file.is_file():
         texts = split(CACHE / "speeches").test
@@ -382,8 +385,12 @@ def probes(bench: Bench) -> list[Found]:
     words += [w for text in split(CACHE / "speeches").test for w in ("--text", str(text))]
     base = measured(bench, "probe", bench.base, words)
     found = [{"arm": "base", "step": 0, "scale": 1, **base}]
-    for arm in bench.plan.arms:
-        step = arm.kept[-1]
+    asked = [
+        (arm, step)
+        for arm in bench.plan.arms
+        for step in (arm.kept if arm.name in PROBED else arm.kept[-1:])
+    ]
+    for arm, step in asked:
         model = bench.model(arm, step)
         stripped = bench.folder / "stripped" / f"{arm.name}-{step}"
         if not stripped.is_dir():

@@ -126,6 +126,8 @@ def run(bench: Bench) -> dict[str, Any]:
                              "cuda" if offloads else "cpu"]),
         "verify_onnx": kept(bench, "verify-onnx", ["verify", str(onnx), *checked, plan.device]),
         "perplexity": kept(bench, "perplexity", perplexity(bench)),
+        "probe_base": kept(bench, "probe-base", probe(bench, model)),
+        "probe_tuned": kept(bench, "probe-tuned", probe(bench, str(bench.tuned))),
     }  # fmt: skip
 
 
@@ -151,14 +153,21 @@ def tuning_seconds(log: Sequence[str]) -> float:
     return float(last["tokens"] / last["tokens_per_second"])
 
 
+def held_out() -> list[str]:
+    texts = split(CACHE.parent / "speeches").test
+    return [word for text in texts for word in ("--text", str(text))]
+
+
+def probe(bench: Bench, model: str) -> list[str]:
+    return ["probe", model, *held_out(), "--device", bench.plan.device, "--json"]
+
+
 def perplexity(bench: Bench) -> list[str]:
-    plan = bench.plan
+    plan, texts = bench.plan, held_out()
     if plan.on_cuda:
         models = [str(bench.exported("untuned")), str(bench.tuned), str(bench.exported("base"))]
     else:
         models = [str(bench.gguf(name)) for name in ("untuned", "tuned-gguf", "base")]
-    texts = [word for text in split(CACHE.parent / "speeches").test
-             for word in ("--text", str(text))]  # fmt: skip
     if plan.joined:
         texts.append("--join")
     return ["perplexity", *models, *texts, "--contexts", ",".join(map(str, plan.contexts)),
@@ -220,6 +229,15 @@ def as_text(document: dict[str, Any]) -> str:
         "",
         *_perplexities(document["perplexity"], plan["device"] == "cuda"),
         "",
+        "## Probe",
+        "",
+        "`pi-convert probe`, which does not look at what a config states.",
+        "",
+        *(
+            f"- {what}: {_probed(document[name])}"
+            for what, name in (("base", "probe_base"), ("tuned", "probe_tuned"))
+        ),
+        "",
         "## Proof",
         "",
         *(
@@ -229,6 +247,15 @@ def as_text(document: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _probed(found: dict[str, Any]) -> str:
+    nll = {one["factor"]: one["nll_below"]["value"] for one in found["tried"]}
+    best = sorted(nll, key=nll.__getitem__)[:3]
+    values = ", ".join(f"{nll[factor]:.3f} with {factor:g}" for factor in sorted({1.0, *best}))
+    fits = [found["factor"], *(fit["factor"] for fit in found["also_fit"])]
+    told = " or ".join(f"{fit:g}" for fit in fits) if found["factor"] else "no factor"
+    return f"{told} stands out; nats a token below L: {values}"
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -246,7 +273,8 @@ def _perplexities(found: dict[str, Any], on_cuda: bool) -> list[str]:
     rows = [["model", *(f"{c:,}" for c in contexts)], ["---"] * (1 + len(contexts))]
     for name, model in (("base", base), ("interpolated, untuned", untuned), ("tuned", tuned)):
         rows.append([name, *(
-            f"{at['perplexity']:.2f}" + (" (past L')" if at["context"] > model["context"] else "")
+            f"{at['perplexity']:.2f}{_interval(at)}"
+            + (" (past L')" if at["context"] > model["context"] else "")
             for at in model["contexts"]
         )])  # fmt: skip
     for name, model in (("base", base), ("tuned", tuned)):
@@ -258,6 +286,11 @@ def _perplexities(found: dict[str, Any], on_cuda: bool) -> list[str]:
         f" {found['scored_tokens']:,} tokens of {found['documents']} speeches"
         " that are not trained on, the same at every window, intervals by speech.",
     ]
+
+
+def _interval(at: dict[str, Any]) -> str:
+    ends = at["interval"]
+    return "" if ends is None else f" ({ends[0]:.1f} to {ends[1]:.1f})"
 
 
 def _change(one: dict[str, Any]) -> str:
