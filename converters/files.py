@@ -71,7 +71,7 @@ def sized_file(path: Path, size_bytes: int) -> Iterator[int]:
 
 def require_free_space(folder: Path, size_bytes: int) -> None:
     """Raises ``OutputError`` unless ``folder``, there or yet to be made, has room for that."""
-    free = shutil.disk_usage(_nearest_folder(folder)).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if free < size_bytes:
         raise OutputError(
             f"{folder}: {size_bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB free",
@@ -81,9 +81,7 @@ def require_free_space(folder: Path, size_bytes: int) -> None:
 
 def require_makable(folder: Path) -> None:
     """Raises ``OutputError`` unless ``folder`` is one to write to, or can be made where it lies."""
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
+    there = _nearest(folder)
     start = "" if there == folder.absolute() else f"{folder}: "
     if not there.is_dir():
         raise OutputError(f"{start}{there} is no folder", hint=_OTHER_OUT)
@@ -91,10 +89,10 @@ def require_makable(folder: Path) -> None:
         raise OutputError(f"{start}{there} is not writable", hint=_OTHER_OUT)
 
 
-def _nearest_folder(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists."""
+def _nearest(path: Path) -> Path:
+    """``path`` or the nearest one above it that exists."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

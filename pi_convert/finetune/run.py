@@ -112,12 +112,11 @@ def finetune(
 
     record = all_ready(arguments, prepare)
     store = open_store(run / "tokens")
-    corpus = train.Corpus(store, windows(store, request.recipe.window))
-    trained, held_out = train.split_windows(corpus.segments)
+    corpus = train.Corpus(store, *train.split_windows(windows(store, request.recipe.window)))
     record["text"] = {
         "tokens": store.tokens,
-        "windows": len(trained),
-        "held_out_windows": len(held_out),
+        "windows": len(corpus.trained),
+        "held_out_windows": len(corpus.held_out),
     }
     rope = request.target.rope
     model = load_model(run / "base", rope, request.recipe)

@@ -181,6 +181,7 @@ def _rough_seconds(model: Any, inputs: dict[str, torch.Tensor]) -> float:
     ids = inputs["input_ids"]
     short, long = ROUGH_TOKENS
     seconds = []
+    model.train()  # or nothing is recomputed, a quarter of a pass, and dropout is off
     with torch.random.fork_rng(devices=[]):
         for length in (short, short, long):  # what is made once is made in the first
             started = time.monotonic()
@@ -202,17 +203,18 @@ def pass_seconds(short: tuple[int, float], long: tuple[int, float], tokens: int)
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What is trained on: tokens, and windows over them."""
+    """Tokens, and windows over them: to train on, and held out."""
 
     store: TokenStore
-    segments: Sequence[tuple[Segment, ...]]
+    trained: Sequence[tuple[Segment, ...]]
+    held_out: Sequence[tuple[Segment, ...]]
 
 
 def make_trainer(
     model: Any, corpus: Corpus, recipe: Recipe, arguments: Any, progress: Progress
 ) -> PiTrainer:
     """The trainer over the windows in the order that they are trained in."""
-    trained, held_out = split_windows(corpus.segments)
+    trained, held_out = corpus.trained, corpus.held_out
     order = training_order(len(trained), recipe)
     if arguments.process_index == 0:
         size = CorpusSize(

@@ -106,11 +106,15 @@ def _conclusion(report: ProbeReport) -> list[str]:
         behind = " and ".join(
             f"{factor_text(fit.factor)}, {_nats(fit.behind)} behind," for fit in found.also
         )
-        lines.append(f"Almost as good: {behind.rstrip(',')}. The weights do not rule it out.")
+        those = "it" if len(found.also) == 1 else "them"
+        lines.append(f"Almost as good: {behind.rstrip(',')}. The weights do not rule {those} out.")
     if report.stated != 1.0 and not found.told:
         lines.append(f"Of the config's factor, {factor_text(report.stated)}, that says nothing.")
     elif report.stated != 1.0:
-        verb = "says the same" if report.agrees else "DOES NOT AGREE"
+        verb = "DOES NOT AGREE"
+        if report.agrees:
+            same = report.stated == (found.factor or 1.0)
+            verb = "says the same" if same else "states one of them"
         lines.append(f"The config, with factor {factor_text(report.stated)}, {verb}.")
     elif found.factor is not None:
         lines.append(
